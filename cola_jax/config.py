@@ -1,0 +1,416 @@
+"""Every setting of a run, as frozen dataclasses that check themselves.
+
+`configs/*.py` build an `ml_collections.ConfigDict` (so that the command line can override fields);
+`parse` converts it once into a `Config`. An unknown field, a value of the wrong type or an inconsistent
+pair of values raises `UserError` with one line that names the field, the value and what is allowed.
+"""
+
+import dataclasses
+import types as python_types
+import typing
+from collections.abc import Mapping
+
+from cola_jax.types import UserError
+
+
+def _require(ok: bool, field: str, value, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"config.{field} = {value!r}: allowed is {allowed}")
+
+
+def _require_at_least(minimum, part: str, config, *fields: str) -> None:
+    for name in fields:
+        value = getattr(config, name)
+        _require(value >= minimum, f"{part}.{name}", value, f"a number of at least {minimum}")
+
+
+def _require_fraction(part: str, config, *fields: str) -> None:
+    for name in fields:
+        value = getattr(config, name)
+        _require(0.0 <= value <= 1.0, f"{part}.{name}", value, "a number from 0 to 1")
+
+
+def _require_choice(part: str, config, name: str, choices: tuple) -> None:
+    value = getattr(config, name)
+    _require(value in choices, f"{part}.{name}", value, "one of " + ", ".join(map(repr, choices)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesConfig:
+    """Difficulty of the embedded corpus (`cola_jax.data.stories`)."""
+
+    values: int = 0  # values kept for each factor of a story (who, where, goal, ...); 0: all
+    variants: int = 0  # wordings kept for each kind of sentence; 0: all
+    min_sentences: int = 4
+    max_sentences: int = 6
+    aligned: bool = False  # True: each sentence has exactly 8 tokens; False: natural lengths
+
+    def validate(self, part: str = "data.stories") -> None:
+        _require_at_least(0, part, self, "values", "variants")
+        _require(self.values != 1, f"{part}.values", self.values, "0 (all) or at least 2")
+        low, high = self.min_sentences, self.max_sentences
+        _require(4 <= low <= 6, f"{part}.min_sentences", low, "4, 5 or 6")
+        _require(low <= high <= 6, f"{part}.max_sentences", high, f"from min_sentences = {low} to 6")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer, and how documents become rows of ``sequence_length`` tokens."""
+
+    corpus: str = "stories"  # stories | text
+    files: str = ""  # corpus "text": a file or a glob of UTF-8 files
+    document_separator: str = "\n\n"  # corpus "text": what divides a file into documents; "": one document a file
+    tokenizer: str = "sentencepiece"  # sentencepiece | bytes
+    tokenizer_path: str = ""  # a trained SentencePiece model; "": train one on the corpus, kept in the workdir
+    vocab_size: int = 1024  # at most, for a tokenizer trained here
+    sequence_length: int = 64  # T
+    packing: str = "concat"  # concat (rows full, documents cut at their ends) | pad (one document a row)
+    align: int = 1  # each document is filled up with end-of-text to a multiple of this many tokens
+    holdout: float = 0.02  # share of the documents that is never trained on
+    num_stories: int = 200_000  # corpus "stories": training documents (an epoch)
+    stories: StoriesConfig = StoriesConfig()
+    batch_size: int = 32  # B, over all devices and processes
+    num_workers: int = 0  # Grain worker processes
+
+    def validate(self) -> None:
+        _require_choice("data", self, "corpus", ("stories", "text"))
+        _require_choice("data", self, "tokenizer", ("sentencepiece", "bytes"))
+        _require_choice("data", self, "packing", ("concat", "pad"))
+        _require(self.corpus != "text" or self.files, "data.files", self.files, "a file or a glob (corpus = 'text')")
+        _require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
+        _require_at_least(0, "data", self, "num_workers")
+        _require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
+        _require(0 < self.holdout < 1, "data.holdout", self.holdout, "a number between 0 and 1")
+        _require(
+            self.sequence_length % self.align == 0,
+            "data.align",
+            self.align,
+            f"a divisor of data.sequence_length = {self.sequence_length}",
+        )
+        self.stories.validate()
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
+
+    vocab_size: int = 0  # V; 0: the tokenizer's. The embedding has one more row, the mask token
+    dim: int = 64
+    ffn_dim: int = 256  # value and gate together
+    num_heads: int = 4
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    latent_dim: int = 16  # D
+    patch_size: int = 1  # P
+    block_size: int = 8  # K, for block-causal attention
+    attention: str = "causal"  # causal | block_causal
+    post_norm: bool = True
+    qk_norm: bool = True  # over the whole width, before heads are split
+    qk_norm_affine: bool = True
+    qkv_bias: bool = False
+    bias: bool = True  # of the other linear layers
+    clip_qkv: float | None = None
+    norm_affine: bool = True
+    norm_eps: float = 1e-6
+    rope_theta: float = 500_000.0
+    normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
+    variational: bool = True  # False: no variance head, a deterministic autoencoder
+    logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
+    shift: float = 0.0  # latents are normalised as (z - shift) * scale
+    scale: float = 1.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def validate(self) -> None:
+        _require_choice("vae", self, "attention", ("causal", "block_causal"))
+        _require_at_least(
+            1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
+        )
+        _require_at_least(1, "vae", self, "block_size")
+        _require_at_least(0, "vae", self, "vocab_size")
+        _require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
+        _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, f"one that makes dim / num_heads even")
+        _require(self.ffn_dim >= 2 and self.ffn_dim % 2 == 0, "vae.ffn_dim", self.ffn_dim, "an even number")
+        _require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
+        if self.logsnr is not None:
+            _require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
+            _require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Block-causal diffusion transformer (SPEC 2, 9)."""
+
+    latent_dim: int = 16  # D
+    block_size: int = 8  # K
+    dim: int = 128
+    num_heads: int = 4
+    head_dim: int = 32
+    num_layers: int = 3
+    mlp_ratio: int = 4
+    time_dim: int = 128  # width of the time embedding that the modulations read
+    rope_dim: int = 16  # channels of a head that are rotated
+    rope_theta: float = 10_000.0
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5
+    block_position: bool = False  # learned embedding of the index inside the block [ours]
+    no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
+    remat: str = "none"  # none | full | dots: what the backward pass computes again
+
+    def validate(self) -> None:
+        _require_at_least(
+            1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
+        )
+        _require_at_least(1, "dit", self, "time_dim")
+        _require_choice("dit", self, "remat", ("none", "full", "dots"))
+        _require(
+            0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
+            "dit.rope_dim",
+            self.rope_dim,
+            f"an even number of at most head_dim = {self.head_dim}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Config:
+    """Text VAE alone (3.16)."""
+
+    steps: int = 300
+    kl_weight: float = 1e-3  # beta; the KL is summed over the D channels of a latent
+    mask_weight: float = 0.1  # lambda_mask
+    mask_ratio: float = 0.3  # share of the input tokens that is replaced by the mask token
+    noisy_decoding: float = 0.5  # share of the sequences that is decoded from z_t [ours]
+    noisy_decoding_max_time: float = 0.3  # with t uniform from 0 to this
+
+    def validate(self) -> None:
+        _require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
+        _require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage2Config:
+    """VAE and DiT together (3.18, SPEC 3 and 4)."""
+
+    steps: int = 1000
+    strategy: str = "fix_vae"  # joint | fix_vae | scratch | interval
+    vae_learning_rate_ratio: float = 1.0
+    interval: int = 0  # strategy "interval": joint steps, then as many with the VAE frozen
+    vae_weight: float = 1.0  # lambda_VAE
+    entropy_weight: float = 1e-3  # beta, on E_q[log q]
+    mask_weight: float = 0.1  # lambda_mask
+    mask_ratio: float = 0.3
+    flow_weight: float = 1.0  # lambda_fm
+    reference_weight: float = 0.01  # lambda_ref
+    encoder_gradient: bool = True  # gradient of the flow-matching loss into the encoder, through z_t and the target
+    time_distribution: str = "logit_normal"  # logit_normal | uniform
+    time_loc: float = 1.0
+    time_scale: float = 1.0
+    time_per: str = "block"  # block | sequence
+    prompt_blocks: float = 0.05  # share of the blocks that keep a random proper prefix clean
+    history_dropout: float = 0.0  # share of the blocks that see no history
+    noise_copies: int = 1  # noisy copies for each clean pass
+
+    def validate(self) -> None:
+        _require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
+        _require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
+        _require_choice("stage2", self, "time_per", ("block", "sequence"))
+        _require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
+        _require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
+        _require_at_least(1, "stage2", self, "noise_copies")
+        _require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
+        _require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
+        if self.strategy == "interval":
+            _require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (SPEC 7)."""
+
+    learning_rate: float = 3e-3  # at the end of the warm-up
+    initial_learning_rate: float = 0.0
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    accumulation: int = 1  # microbatches a step
+    ema: float = 0.0  # decay of the parameters' moving average, used for evaluation and sampling; 0: none
+
+    def validate(self, part: str) -> None:
+        _require(self.learning_rate > 0, f"{part}.learning_rate", self.learning_rate, "a positive number")
+        _require_at_least(
+            0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"
+        )
+        _require(self.clip_norm > 0, f"{part}.clip_norm", self.clip_norm, "a positive number")
+        _require_at_least(1, part, self, "accumulation")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{part}.{name}", value, "a number from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop around the steps."""
+
+    log_every: int = 20
+    eval_every: int = 200
+    eval_batches: int = 4
+    sample_every: int = 0  # steps between generated samples in stage 2; 0: at the end only
+    num_samples: int = 4
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    compute_dtype: str = "float32"  # float32 | bfloat16
+    mesh_data: int = 0  # devices along each mesh axis; 0 (one axis at most): all that are left
+    mesh_fsdp: int = 1
+    mesh_tensor: int = 1
+
+    def validate(self) -> None:
+        _require_at_least(1, "train", self, "log_every", "eval_every", "eval_batches", "checkpoint_every")
+        _require_at_least(1, "train", self, "keep_checkpoints")
+        _require_at_least(0, "train", self, "sample_every", "num_samples", "mesh_data", "mesh_fsdp", "mesh_tensor")
+        _require_choice("train", self, "compute_dtype", ("float32", "bfloat16"))
+        axes = (self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
+        _require(axes.count(0) <= 1, "train.mesh_*", axes, "at most one axis of 0 (all devices that are left)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How the run generates its samples and its closing report."""
+
+    steps: int = 16
+    guidance_scale: float = 2.0
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    report_stories: int = 0  # corpus "stories": generated for the report at the end of the run; 0: no report
+
+    def validate(self) -> None:
+        _require_at_least(1, "sample", self, "steps", "max_new_tokens")
+        _require_at_least(0, "sample", self, "guidance_scale", "temperature", "report_stories")
+        _require(self.repetition_penalty > 0, "sample.repetition_penalty", self.repetition_penalty, "a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    dit: DiTConfig = DiTConfig()
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    optimizer1: OptimizerConfig = OptimizerConfig()
+    optimizer2: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def validate(self) -> None:
+        """Raises UserError for the first field that is out of range or at odds with another."""
+        _require_at_least(0, "seed", self, "seed")
+        for name in ("data", "vae", "dit", "stage1", "stage2", "train", "sample"):
+            getattr(self, name).validate()
+        self.optimizer1.validate("optimizer1")
+        self.optimizer2.validate("optimizer2")
+        _require(
+            self.dit.latent_dim == self.vae.latent_dim,
+            "dit.latent_dim",
+            self.dit.latent_dim,
+            f"vae.latent_dim = {self.vae.latent_dim}",
+        )
+        tokens_per_block = self.dit.block_size * self.vae.patch_size
+        _require(
+            self.data.sequence_length % tokens_per_block == 0,
+            "data.sequence_length",
+            self.data.sequence_length,
+            f"a multiple of dit.block_size * vae.patch_size = {tokens_per_block}",
+        )
+        _require(
+            self.vae.attention == "causal" or self.dit.block_size % self.vae.block_size == 0,
+            "vae.block_size",
+            self.vae.block_size,
+            f"a divisor of dit.block_size = {self.dit.block_size}",
+        )
+        _require(
+            self.data.align % self.vae.patch_size == 0,
+            "data.align",
+            self.data.align,
+            f"a multiple of vae.patch_size = {self.vae.patch_size}",
+        )
+        for name in ("optimizer1", "optimizer2"):
+            accumulation = getattr(self, name).accumulation
+            _require(
+                self.data.batch_size % accumulation == 0,
+                f"{name}.accumulation",
+                accumulation,
+                f"a divisor of data.batch_size = {self.data.batch_size}",
+            )
+        self._validate_strategy()
+
+    def _validate_strategy(self) -> None:
+        strategy, pretrained = self.stage2.strategy, self.stage1.steps > 0
+        if self.stage2.steps and strategy in ("joint", "fix_vae"):
+            _require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
+        if strategy == "scratch":
+            _require(not pretrained, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
+        if not pretrained and strategy in ("scratch", "interval"):
+            weight = self.stage2.reference_weight
+            _require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
+        _require(
+            not self.stage2.history_dropout or self.dit.no_history_vector,
+            "dit.no_history_vector",
+            False,
+            "True where stage2.history_dropout > 0 (a dropped history must be told from a first block)",
+        )
+
+
+def _convert(value, kind, path: str):
+    """``value`` as the annotated type ``kind``; raises UserError that names ``path``."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if isinstance(kind, python_types.UnionType):  # "X | None"
+        if value is None:
+            return None
+        (kind,) = [k for k in typing.get_args(kind) if k is not type(None)]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, bool) or not isinstance(value, kind):
+        raise UserError(f"config.{path} = {value!r}: allowed is a value of type {kind.__name__}")
+    return value
+
+
+def _build(cls, values: Mapping, path: str = ""):
+    if not isinstance(values, Mapping):
+        raise UserError(f"config.{path} = {values!r}: allowed is a group of fields")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UserError(f"config.{path + '.' if path else ''}{name}: no such field; allowed are {', '.join(hints)}")
+    return cls(**{k: _convert(v, hints[k], f"{path}.{k}" if path else k) for k, v in values.items()})
+
+
+def parse(values: Mapping) -> Config:
+    """A validated `Config` from a ConfigDict or any nested mapping; absent fields keep their defaults.
+
+    Raises:
+      UserError: an unknown field, a wrong type, an inconsistent value.
+    """
+    plain = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    config = _build(Config, plain)
+    config.validate()
+    return config
+
+
+def to_dict(config) -> dict:
+    """The nested plain dict of a config dataclass, as JSON can hold it."""
+    return dataclasses.asdict(config)
+
+
+def default() -> dict:
+    """Every field with its default, as a nested dict: what `configs/*.py` start from."""
+    return to_dict(Config())

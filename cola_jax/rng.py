@@ -1,0 +1,48 @@
+"""Randomness as a pure function of (seed, stream, step, sample).
+
+No key is ever carried in a training state: a run that resumes at step s draws what an uninterrupted run
+would have drawn, and what a sample draws does not depend on the batch, device or microbatch it is in.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cola_jax.types import Key
+
+# A stream's number is part of every result: append, never renumber.
+STREAMS = ("init", "train", "evaluate", "sample")
+
+
+def key(seed: int, stream: str, step=0, sample=None) -> Key:
+    """The key of one draw, or of many.
+
+    Args:
+      seed: the run's seed.
+      stream: one of `STREAMS`; streams are independent of each other.
+      step: training step, or 0; may be traced.
+      sample: None for one key; an integer, or an integer array [B] for a key per sample.
+
+    Returns:
+      A typed key, or keys with the shape of ``sample``.
+    """
+    base = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
+    base = jax.random.fold_in(base, step)
+    if sample is None:
+        return base
+    sample = jnp.asarray(sample)
+    return jax.vmap(lambda s: jax.random.fold_in(base, s))(sample) if sample.ndim else jax.random.fold_in(base, sample)
+
+
+def split(keys: Key, num: int) -> tuple[Key, ...]:
+    """Splits each of the keys [B] into ``num`` independent ones: a tuple of ``num`` arrays [B]."""
+    return tuple(jax.vmap(lambda k: jax.random.split(k, num), out_axes=1)(keys))
+
+
+def normal(keys: Key, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal [B, *shape], each example from its own key."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def uniform(keys: Key, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform on [0, 1), [B, *shape], each example from its own key."""
+    return jax.vmap(lambda k: jax.random.uniform(k, shape))(keys)

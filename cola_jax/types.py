@@ -1,0 +1,49 @@
+"""Shared vocabulary: dimension names, array aliases, user-facing errors.
+
+Dimensions, here and in every docstring:
+
+====  =====================================================
+B     batch
+T     tokens in a sequence
+P     patch size of the VAE: tokens per latent
+N     latents in a sequence, ``N = T / P``
+D     latent channels
+K     latents per block; blocks are the unit of generation
+M     distinct flow times in a sequence (1, ``N / K`` or N)
+H     attention heads
+V     vocabulary
+====  =====================================================
+
+Flow time ``t`` runs from 0 (data) to 1 (noise).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+PyTree = Any
+Params = PyTree  # Flax variables: {"params": ...}
+Key = jax.Array  # typed PRNG key(s)
+
+
+class UserError(ValueError):
+    """Something that the user can fix, told in one line: field or file, value, what is allowed."""
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian ``q(z|x)`` over latents, before latent normalisation (SPEC 2)."""
+
+    mean: Float[Array, "B N D"]
+    logvar: Float[Array, "B N D"]
+
+
+class Term(NamedTuple):
+    """One loss term of a batch, before reduction: its mean is ``sum(value) / sum(weight)`` over all examples.
+
+    The reduction happens once, over the global batch, so that sharding and accumulation do not change it.
+    """
+
+    value: Float[Array, " B"]  # summed over the example's elements
+    weight: Float[Array, " B"]  # how many elements that was
+    coefficient: float = 1.0  # weight of the mean in the loss; 0: reported only
