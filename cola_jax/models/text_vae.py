@@ -1,0 +1,181 @@
+"""Text VAE: tokens to a diagonal Gaussian over latents, and latents to logits (SPEC 2, 9)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cola_jax.config import VAEConfig
+from cola_jax.nn import attention, embeddings, masks
+from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
+from cola_jax.types import Posterior
+
+# What a deterministic autoencoder reports as its log-variance: the smallest that the variance head can give.
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+
+KV = tuple[Array, Array]
+
+
+class _Context(NamedTuple):
+    """What all layers share: rotation angles and masks. ``history_mask`` only with a cache."""
+
+    angles: Array
+    mask: Array
+    history_mask: Array | None = None
+
+
+class Layer(nn.Module):
+    """Attention and gated MLP; ``post_norm`` normalises after attention, not before (SPEC 9)."""
+
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: _Context):
+        config = self.config
+        norm_attention = LayerNorm(config.norm_eps, config.norm_affine, name="norm_attn")
+        norm_mlp = LayerNorm(config.norm_eps, config.norm_affine, name="norm_ffn")
+        attended, kv = self._attention(x if config.post_norm else norm_attention(x), history, context)
+        x = (norm_attention(x) if config.post_norm else x) + attended
+        y = self._mlp(x if config.post_norm else norm_mlp(x))
+        return x + (norm_mlp(y) if config.post_norm else y), kv
+
+    def _attention(self, x, history, context):
+        config, shape = self.config, (*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        qkv = Linear(
+            (3, config.dim), ("embed", None, "heads"), use_bias=config.qkv_bias, dtype=self.dtype, name="qkv_proj"
+        )(x)
+        if config.clip_qkv is not None:
+            qkv = jnp.clip(qkv, -config.clip_qkv, config.clip_qkv)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if config.qk_norm:
+            q = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="q_norm")(q)
+            k = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="k_norm")(k)
+        q = embeddings.apply_rope(q.reshape(shape), context.angles, interleaved=False)
+        k = embeddings.apply_rope(k.reshape(shape), context.angles, interleaved=False)
+        v = v.reshape(shape)
+        if history is None:
+            y = attention.attend(q, k, v, context.mask)
+        else:
+            y = attention.attend_history(q, k, v, history, context.history_mask, context.mask[:, None])
+        out = Linear((config.dim,), ("heads", "embed"), use_bias=config.bias, dtype=self.dtype, name="attn_out_proj")
+        return out(y.reshape(x.shape)), (k, v)
+
+    def _mlp(self, x):
+        config, half = self.config, self.config.ffn_dim // 2
+        h = Linear((2, half), ("embed", None, "mlp"), use_bias=config.bias, dtype=self.dtype, name="ffn_proj")(x)
+        h = h[:, :, 0] * nn.silu(h[:, :, 1])  # value, gate
+        return Linear((config.dim,), ("mlp", "embed"), use_bias=config.bias, dtype=self.dtype, name="ffn_out")(h)
+
+
+def _context(config: VAEConfig, length: int, segment_ids) -> _Context:
+    positions = jnp.arange(length)[None]
+    mask = masks.causal(length) if config.attention == "causal" else masks.block_causal(length, config.block_size)
+    if segment_ids is not None:
+        mask = mask & masks.same_segment(segment_ids, segment_ids)
+    return _Context(embeddings.rope_angles(positions, config.head_dim, config.rope_theta), mask)
+
+
+class Encoder(nn.Module):
+    """Tokens to the posterior of their latents."""
+
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None) -> Posterior:
+        config, patch = self.config, self.config.patch_size
+        batch, length = tokens.shape[0], tokens.shape[1] // patch
+        table = self.param(
+            "wte",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            (config.vocab_size + 1, config.dim),
+        )
+        x = jnp.take(table.astype(self.dtype), tokens, axis=0).reshape(batch, length, patch * config.dim)
+        x = Linear((config.dim,), (None, "embed"), dtype=self.dtype, name="patch_embedder")(x)
+        layers = scan_layers(Layer, config.encoder_layers)(config, self.dtype, name="layers")
+        x, _ = layers(x, None, _context(config, length, segment_ids))
+        outputs = 2 if config.variational and config.logsnr is None else 1
+        x = Linear((outputs, config.latent_dim), ("embed", None, "latent"), dtype=self.dtype, name="final_layer")(x)
+        x = x.astype(jnp.float32)
+        mean = x[:, :, 0]
+        if config.normalize_mean:
+            mean = LayerNorm(config.norm_eps, affine=False, name="last_norm")(mean)
+        if outputs == 2:
+            logvar = jnp.clip(x[:, :, 1], MIN_LOGVAR, MAX_LOGVAR)
+        else:  # E[mean^2] = 1 by the norm, so that a constant variance fixes the logSNR (16.2)
+            logvar = jnp.full_like(mean, MIN_LOGVAR if config.logsnr is None else -config.logsnr)
+        return Posterior(mean, logvar)
+
+
+class Decoder(nn.Module):
+    """Normalised latents to logits over tokens; with a cache, the next latents of a sequence."""
+
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "B N D"], context: _Context, cache: KV | None = None):
+        config, patch = self.config, self.config.patch_size
+        batch, length = latents.shape[:2]
+        x = Linear((config.dim,), ("latent", "embed"), dtype=self.dtype, name="in_layer")(latents)
+        x, kv = scan_layers(Layer, config.decoder_layers)(config, self.dtype, name="layers")(x, cache, context)
+        # Outputs are laid out channel-major: channel, then position in the patch (SPEC 9).
+        x = Linear((config.dim, patch), ("embed", None, None), dtype=self.dtype, name="unpatch_layer")(x)
+        x = x.transpose(0, 1, 3, 2).reshape(batch, length * patch, config.dim)
+        x = LayerNorm(config.norm_eps, config.norm_affine, name="final_norm")(x)
+        logits = Linear((config.vocab_size,), ("embed", "vocab"), dtype=self.dtype, name="final_layer")(x)
+        return logits.astype(jnp.float32), kv
+
+
+class TextVAE(nn.Module):
+    """Encoder and decoder. Latents go to `decode` normalised as ``(z - shift) * scale``."""
+
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def encode(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None) -> Posterior:
+        """The posterior of each latent, before normalisation.
+
+        Args:
+          tokens: ids in [0, V]; V is the mask token. T is a multiple of the patch size.
+          segment_ids: document of each latent; latents see their own document only.
+        """
+        return self.encoder(tokens, segment_ids)
+
+    def decode(
+        self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the P tokens of every latent, float32."""
+        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[0]
+
+    def decode_next(
+        self,
+        latents: Float[Array, "B N D"],
+        cache: KV,
+        cache_mask: Bool[Array, "B S"],
+        positions: Int[Array, "B N"],
+    ) -> tuple[Float[Array, "B T V"], KV]:
+        """Logits of the next latents of sequences whose earlier ones are cached, and their keys and values.
+
+        Args:
+          latents: normalised; whole blocks where attention is block-causal.
+          cache: keys and values [layers, B, S, H, C] of earlier latents.
+          cache_mask: True where the cache holds an earlier latent.
+          positions: index of each latent in its sequence.
+        """
+        config, length = self.config, latents.shape[1]
+        angles = embeddings.rope_angles(positions, config.head_dim, config.rope_theta)
+        mask = _context(config, length, None).mask
+        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (latents.shape[0], length, cache_mask.shape[1]))
+        return self.decoder(latents, _Context(angles, mask, history_mask), cache)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter; for initialisation."""
+        return self.decode(self.encode(tokens).mean)

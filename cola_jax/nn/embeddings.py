@@ -1,0 +1,41 @@
+"""Rotary positions and the embedding of flow time."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def rope_angles(positions: Int[Array, "B N"], dim: int, theta: float) -> Float[Array, "B N C"]:
+    """Rotation angles ``position * theta^(-2i / dim)`` for the ``C = dim / 2`` channel pairs."""
+    frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
+    return positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+
+
+def apply_rope(
+    x: Float[Array, "B N H C"], angles: Float[Array, "#B N R"], interleaved: bool
+) -> Float[Array, "B N H C"]:
+    """Rotates the first ``2R`` channels of every head, in float32.
+
+    Args:
+      x: queries or keys.
+      angles: from `rope_angles`, R pairs.
+      interleaved: pairs are channels (2i, 2i + 1), as in the DiT; else (i, i + R), as in the VAE.
+    """
+    dtype, pairs = x.dtype, angles.shape[-1]
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    rotated, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    shape = (pairs, 2) if interleaved else (2, pairs)
+    axis = -1 if interleaved else -2
+    split = rotated.reshape(*x.shape[:-1], *shape)
+    first, second = jnp.take(split, 0, axis=axis), jnp.take(split, 1, axis=axis)
+    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
+    return jnp.concatenate([turned.reshape(rotated.shape).astype(dtype), rest], axis=-1)
+
+
+def time_features(times: Float[Array, "B M"], num_features: int = 256) -> Float[Array, "B M F"]:
+    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32."""
+    half = num_features // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * times.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
