@@ -159,7 +159,7 @@ class Stories:
       num_factors: Number of combinations of slot values.
     """
 
-    def __init__(self, config: StoriesConfig = StoriesConfig()):
+    def __init__(self, config: StoriesConfig | None = None):
         """Builds and checks the grammar.
 
         Args:
@@ -168,6 +168,7 @@ class Stories:
         Raises:
           ValueError: If the tables would make the grammar ambiguous.
         """
+        config = StoriesConfig() if config is None else config
         self.config = config
         forms = templates.slot_forms(config.values)
         # The first form of a slot also serves as the public name of its values.
@@ -179,14 +180,10 @@ class Stories:
         self.factors: Mapping[str, Mapping[str, float]] = MappingProxyType(
             {
                 slot: MappingProxyType(dict(zip(values, dist.probs, strict=True)))
-                for slot, values, dist in zip(
-                    _SLOTS, self._values, self._slots, strict=True
-                )
+                for slot, values, dist in zip(_SLOTS, self._values, self._slots, strict=True)
             }
         )
-        self._wordings = templates.compile_wordings(
-            config.aligned, config.values, config.variants, config.choices
-        )
+        self._wordings = templates.compile_wordings(config.aligned, config.values, config.variants, config.choices)
         self._all_wordings = list(itertools.chain(*self._wordings.values()))
         templates.check_unambiguous(self._all_wordings)
         self._pick_wording = {k: Categorical(len(w)) for k, w in self._wordings.items()}
@@ -214,9 +211,7 @@ class Stories:
         picks = self._pick_factor(rng)
         return {s: v[i] for s, v, i in zip(_SLOTS, self._values, picks, strict=True)}
 
-    def sample_given(
-        self, factor: Mapping[str, str], rng: np.random.Generator
-    ) -> str:
+    def sample_given(self, factor: Mapping[str, str], rng: np.random.Generator) -> str:
         """Draws a story from p*(x | g).
 
         Args:
@@ -315,9 +310,7 @@ class Stories:
 
     def mean_tokens(self) -> float:
         """Returns the expected tokens (words, commas, full stops) of a story."""
-        return math.fsum(
-            self._kept_prob(w.type) * w.prob * w.length for w in self._all_wordings
-        )
+        return math.fsum(self._kept_prob(w.type) * w.prob * w.length for w in self._all_wordings)
 
     def max_tokens(self) -> int:
         """Returns the most tokens (words, commas, full stops) a story can have."""
@@ -340,18 +333,14 @@ class Stories:
                 log_prob = math.log(prob) + math.fsum(math.log(w.prob) for w in worded)
                 yield from self._fill(worded, log_prob)
 
-    def _fill(
-        self, worded: Sequence[Wording], log_prob: float
-    ) -> Iterator[tuple[str, float]]:
+    def _fill(self, worded: Sequence[Wording], log_prob: float) -> Iterator[tuple[str, float]]:
         """Yields all ways to fill the wordings of a story."""
         shown = frozenset().union(*(w.slots for w in worded))
         # The value of a slot that isn't shown makes no difference to the text.
         ranges = [range(len(v) if i in shown else 1) for i, v in enumerate(self._values)]
         positions = list(itertools.chain(*(w.positions for w in worded)))
         for values in itertools.product(*ranges):
-            log_values = log_prob + math.fsum(
-                self._slots[slot].log_probs[values[slot]] for slot in shown
-            )
+            log_values = log_prob + math.fsum(self._slots[slot].log_probs[values[slot]] for slot in shown)
             options = [
                 [(p.words[values[p.slot]], 0.0)]
                 if p.slot is not None
@@ -374,10 +363,7 @@ class Stories:
                 for kind, wordings in self._wordings.items()
             }
             result.append(
-                math.fsum(
-                    p * (1.0 - math.prod(absent[kind] for kind in kinds))
-                    for kinds, p in self._structures
-                )
+                math.fsum(p * (1.0 - math.prod(absent[kind] for kind in kinds)) for kinds, p in self._structures)
             )
         return result
 
@@ -452,16 +438,15 @@ class Stories:
         return _Reading(parts, matches, masks, local)
 
     def _log_prob(self, reading: _Reading) -> float:
-        """Adds the probability of the slot values that fit to the local part."""
-        total = reading.local
-        if total == -math.inf:
-            return total
-        for mask, full, dist in zip(reading.masks, self._any, self._slots, strict=True):
-            if mask != full:
-                total += math.log(
-                    math.fsum(p for i, p in enumerate(dist.probs) if mask >> i & 1)
-                )
-        return total
+        """Adds the probability of the slot values that are shown to the local part."""
+        if reading.local == -math.inf:
+            return -math.inf
+        # A coherent story names its hero, so it shows each slot fully or not at all.
+        return reading.local + math.fsum(
+            dist.log_probs[mask.bit_length() - 1]
+            for mask, full, dist in zip(reading.masks, self._any, self._slots, strict=True)
+            if mask != full
+        )
 
     def _named(self, masks: Sequence[int]) -> dict[str, frozenset[str]]:
         """Turns bit sets into the names of the values."""

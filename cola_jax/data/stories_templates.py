@@ -290,9 +290,7 @@ def slot_forms(values: int) -> dict[str, tuple[int, list[str]]]:
     return forms
 
 
-def _compile_position(
-    token: str, first: bool, forms: Mapping[str, tuple[int, list[str]]], kept: int
-) -> Position:
+def _compile_position(token: str, first: bool, forms: Mapping[str, tuple[int, list[str]]], kept: int) -> Position:
     """Compiles one word of a template; `kept` limits the lists of local choices."""
 
     def finish(words: Iterable[str]) -> tuple[str, ...]:
@@ -321,9 +319,7 @@ def _compile_position(
     return Position(words, choice=choice, log_probs=log_probs)
 
 
-def compile_wordings(
-    aligned: bool, values: int, variants: int, choices: int
-) -> dict[str, list[Wording]]:
+def compile_wordings(aligned: bool, values: int, variants: int, choices: int) -> dict[str, list[Wording]]:
     """Compiles the wordings of each sentence type, in narrative order.
 
     Args:
@@ -343,14 +339,9 @@ def compile_wordings(
             Wording(
                 kind,
                 prob,
-                tuple(
-                    _compile_position(token, i == 0, forms, choices)
-                    for i, token in enumerate(template.split())
-                ),
+                tuple(_compile_position(token, i == 0, forms, choices) for i, token in enumerate(template.split())),
             )
-            for template, prob in zip(
-                templates, Categorical(len(templates)).probs, strict=True
-            )
+            for template, prob in zip(templates, Categorical(len(templates)).probs, strict=True)
         ]
     return result
 

@@ -61,6 +61,10 @@ class ColaDLM(nn.Module):
             return self.dit(latents, times, pinned, segment_ids)
         return self.dit.denoise(latents, times, history, pinned, segment_ids, drop_history)
 
+    def prefill(self, latents, segment_ids):
+        """Caches of prior and decoder that hold the latents of prompts; see `BlockCausalDiT.prefill`."""
+        return self.dit.prefill(latents, segment_ids), self.vae.decode_prompt(latents, segment_ids)
+
     def decode_next(self, latents, cache, cache_mask, positions):
         """See `TextVAE.decode_next`."""
         return self.vae.decode_next(latents, cache, cache_mask, positions)

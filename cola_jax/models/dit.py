@@ -170,6 +170,13 @@ class BlockCausalDiT(nn.Module):
           pinned: positions that are data: their time is 0.
           segment_ids: document of each latent; latents see their own document only.
         """
+        return self._sequence(latents, times, pinned, segment_ids)[0]
+
+    def prefill(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> KV:
+        """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache."""
+        return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids)[1]
+
+    def _sequence(self, latents, times, pinned, segment_ids):
         length = latents.shape[1]
         positions = jnp.arange(length)[None]
         mask = masks.block_causal(length, self.config.block_size)
@@ -177,8 +184,8 @@ class BlockCausalDiT(nn.Module):
             mask = mask & masks.same_segment(segment_ids, segment_ids)
         stream = _Stream(self._time(times), pinned, self._angles(positions), mask)
         context = _Context(stream, None, self._zero())
-        (x, _), _ = self.layers((self._input(latents, positions), None), None, context)
-        return self._output(x, stream, context.time_zero)
+        (x, _), kv = self.layers((self._input(latents, positions), None), None, context)
+        return self._output(x, stream, context.time_zero), kv
 
     def denoise(
         self,

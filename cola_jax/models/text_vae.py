@@ -155,6 +155,10 @@ class TextVAE(nn.Module):
         """Logits of the P tokens of every latent, float32."""
         return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[0]
 
+    def decode_prompt(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> KV:
+        """Keys and values [layers, B, N, H, C] of a sequence's first latents: the start of a cache."""
+        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[1]
+
     def decode_next(
         self,
         latents: Float[Array, "B N D"],

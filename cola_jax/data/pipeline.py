@@ -1,0 +1,131 @@
+"""Batches of packed rows, as a Grain graph whose iterator can be saved and restored.
+
+documents -> order -> tokens -> rows -> global batches -> this process's rows
+
+Every process computes the global batches and keeps its own rows: what a step trains on, and the iterator's state,
+depend on the configuration and the seed but not on the number of processes.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from cola_jax.config import DataConfig
+from cola_jax.data import corpora, packing
+from cola_jax.data.tokenizers import Tokenizer
+from cola_jax.types import UserError
+
+_PREFETCHED = 4  # batches that are made ahead, by a thread or by each worker
+
+
+def _batch(rows: Sequence[packing.Row], filler: packing.Row, batch_size: int, kept: slice) -> packing.Row:
+    """Stacks the ``kept`` rows of a global batch; missing ones are padding."""
+    rows = [*rows, *[filler] * (batch_size - len(rows))][kept]
+    return {name: np.stack([row[name] for row in rows]) for name in filler}
+
+
+def _rows(config: DataConfig, tokenizer: Tokenizer, documents: grain.MapDataset) -> grain.IterDataset:
+    """Rows of T tokens (see `packing`) from a dataset of texts."""
+    length, pad_id = config.sequence_length, tokenizer.pad_id
+    tokens = documents.map(functools.partial(packing.document_tokens, tokenizer=tokenizer, align=config.align))
+    # Whole batches are made ahead; a thread pool for single documents would cost more than it hides.
+    inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    if config.packing == "pad":
+        pad = functools.partial(packing.pad_row, length=length, pad_id=pad_id)
+        return tokens.map(pad).to_iter_dataset(inline)
+    return packing.ConcatIterDataset(tokens.to_iter_dataset(inline), length, pad_id)
+
+
+def create(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    split: corpora.Split,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Batches of one split.
+
+    Args:
+      config: Corpus, packing and sizes.
+      tokenizer: Made by `tokenizers.create` for the same config.
+      split: "train" goes on for ever, in a new order each epoch; "holdout" is one pass in a fixed order, its last
+        batch filled up with rows of padding.
+      seed: Of the order, and of generated stories.
+      process_index: From 0 to ``process_count - 1``.
+      process_count: This process gets rows ``[index * B / count, (index + 1) * B / count)`` of each global batch.
+
+    Returns:
+      A dataset of dicts with ``tokens``, ``segment_ids`` and ``positions``, int32 [B / process_count, T]. The state
+      of its iterator is JSON-able, small, and that of the batch that was consumed last, whatever is prefetched.
+
+    Raises:
+      UserError: The batch cannot be divided among the processes, or the corpus cannot be read.
+    """
+    batch_size = config.batch_size
+    if batch_size % process_count:
+        raise UserError(
+            f"config.data.batch_size = {batch_size}: allowed is a multiple of the {process_count} processes"
+        )
+    documents = grain.MapDataset.source(corpora.documents(config, split, seed))
+    if split == "train":
+        # Grain adds the epoch to the seed: hashed seeds keep one run's second epoch from being another's first.
+        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        documents = documents.shuffle(seed=order).repeat()
+    share = batch_size // process_count
+    make_batch = functools.partial(
+        _batch,
+        filler=packing.empty_row(config.sequence_length, tokenizer.pad_id),
+        batch_size=batch_size,
+        kept=slice(process_index * share, (process_index + 1) * share),
+    )
+    batches = _rows(config, tokenizer, documents).batch(batch_size, batch_fn=make_batch)
+    if split == "train" and config.num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags here, and binaries without absl never parse them
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=_PREFETCHED)
+        return batches.mp_prefetch(options)
+    # The held-out part is short, and workers would each end with a batch of padding: a thread is enough.
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED)
+
+
+def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:
+    """What defines the order of the data, JSON-able: an iterator's state means nothing under another one.
+
+    A changed worker count makes Grain fail with an opaque error, a changed seed or file goes unnoticed: compare this
+    with the fingerprint of the run that saved the state (`difference`) before restoring.
+    """
+    fields = ("corpus", "packing", "align", "sequence_length", "batch_size", "num_workers")
+    return {
+        "seed": seed,
+        **{name: getattr(config, name) for name in fields},
+        **corpora.describe(config, seed),
+        "tokenizer": f"{tokenizer.name} {tokenizer.fingerprint}",
+        "grain": grain.__version__,
+    }
+
+
+def _leaves(value, path: str = "") -> dict:
+    """The leaves of nested dicts and lists by their dotted path."""
+    if isinstance(value, dict):
+        items = [(f"{path}.{name}" if path else name, child) for name, child in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{path}[{i}]", child) for i, child in enumerate(value)]
+    else:
+        return {path: value}
+    return {name: leaf for key, child in items for name, leaf in _leaves(child, key).items()}
+
+
+def difference(saved: dict, now: dict) -> list[str]:
+    """Lines ``field: saved -> now`` for the fields in which two fingerprints differ; empty if they are equal."""
+    before, after = _leaves(saved), _leaves(now)
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in names
+        if name not in before or name not in after or before[name] != after[name]
+    ]

@@ -1,0 +1,252 @@
+"""Text to token ids and back, without loss: bytes, or SentencePiece pieces with a fall-back to bytes.
+
+Every tokenizer is a pure function of its `fingerprint`, which checkpoints store: ids mean nothing without it.
+"""
+
+import collections
+import hashlib
+import io
+import os
+import re
+import typing
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import sentencepiece
+
+from cola_jax.config import DataConfig
+from cola_jax.data import corpora
+from cola_jax.types import UserError
+
+_SPACE = "\u2581"  # SentencePiece's own sign for a space
+_LINE = 4000  # longest line given to the trainer, in characters; it skips lines that exceed its limit
+_TRAINER_RESERVED = re.compile("[\n\r\t\0\u2581\u2585]+")  # lines with such characters would be skipped
+_WORD = re.compile(r"\w+")
+_MOST_WORDS = 50_000  # words that are offered to the trainer as whole pieces
+_SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
+_SAMPLE_CHARACTERS = 20_000_000  # most text a tokenizer is trained on
+
+
+@typing.runtime_checkable
+class Tokenizer(typing.Protocol):
+    """What the rest of the package knows of a tokenizer.
+
+    Attributes:
+      name: "bytes" or "sentencepiece".
+      vocab_size: Ids run from 0 to ``vocab_size - 1``, special ones included.
+      pad_id: Fills rows behind their text.
+      eos_id: Ends a document; `encode` does not append it.
+      fingerprint: sha256 (hex) of what defines the mapping.
+    """
+
+    name: str
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; never a special one, whatever the text spells."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids`` (0 to ``vocab_size - 1``), without padding and ends of text."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes (ids 0 to 255), end of text (256) and padding (257)."""
+
+    name = "bytes"
+    vocab_size = 258
+    eos_id = 256
+    pad_id = 257
+    fingerprint = hashlib.sha256(b"cola_jax bytes eos=256 pad=257").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """One id for each byte of ``text`` in UTF-8."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        specials = (self.eos_id, self.pad_id)
+        return bytes(int(i) for i in ids if i not in specials).decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Models made by `train` restore any text exactly. Models from elsewhere keep their own normalisation, and
+    where they have no padding piece, the end of text serves as padding (padding is marked by its segment anyway).
+    """
+
+    name = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        """Args:
+          model: A serialized SentencePiece model.
+
+        Raises:
+          ValueError: ``model`` is no such model, or it has no end-of-text piece.
+        """
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            # The constructor's own loading accepts an empty model.
+            processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError("not a SentencePiece model") from error
+        if processor.eos_id() < 0:
+            raise ValueError("a SentencePiece model without an end-of-text piece (eos_id)")
+        self._model = model
+        self._processor = processor
+        self.vocab_size = processor.vocab_size()
+        self.eos_id = processor.eos_id()
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        marks = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space_ids = marks if all(processor.is_byte(i) for i in marks) else []
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self._model,)  # data workers get a copy
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``."""
+        if _SPACE not in text or not self._space_ids:
+            return self._processor.encode_as_ids(text)
+        # Left to SentencePiece, U+2581 would come back as a space; as bytes it comes back as itself.
+        ids: list[int] = []
+        for i, part in enumerate(text.split(_SPACE)):
+            ids += (self._space_ids if i else []) + self._processor.encode_as_ids(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; byte pieces that are not UTF-8 become U+FFFD."""
+        specials = (self.eos_id, self.pad_id)
+        return self._processor.decode([int(i) for i in ids if i not in specials])
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """Fits a lossless unigram model in memory; the same texts give the same model.
+
+        Args:
+          texts: The training text; it is read once and kept in memory.
+          vocab_size: Most pieces, counting 256 bytes and 4 symbols. Text with few different words needs fewer.
+
+        Raises:
+          UserError: There is no text, or ``vocab_size`` has no room for the bytes and symbols.
+        """
+        texts = list(texts)
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_training_lines(texts),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                character_coverage=_coverage(texts, (vocab_size - 260) // 2),
+                # Lossless: nothing is normalised, stripped or added, and unseen characters become bytes.
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                byte_fallback=True,
+                user_defined_symbols=["\n"],
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                max_sentence_length=8 * _LINE,
+                num_threads=1,  # sums of floats in a fixed order: the same model each time
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            raise UserError(
+                f"config.data.vocab_size = {vocab_size}: allowed is a size that SentencePiece can train on the"
+                f" {sum(map(len, texts))} characters of the corpus ({reason})"
+            ) from error
+        return cls(model.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SentencePieceTokenizer":
+        """Reads a model file.
+
+        Raises:
+          UserError: The file cannot be read or is not a usable model.
+        """
+        try:
+            with open(path, "rb") as file:
+                return cls(file.read())
+        except OSError as error:
+            raise UserError(f"{os.fspath(path)}: {error.strerror}; allowed is a SentencePiece model file") from error
+        except ValueError as error:
+            raise UserError(f"{os.fspath(path)}: {error}; allowed is a SentencePiece model file") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the model file; a reader sees all of it or nothing."""
+        path = os.fspath(path)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        partial = f"{path}.{os.getpid()}.partial"
+        with open(partial, "wb") as file:
+            file.write(self._model)
+        os.replace(partial, path)
+
+
+def _training_lines(texts: list[str]) -> Iterator[str]:
+    """The lines the trainer learns from.
+
+    The trainer proposes a piece only if it occurs in two different whitespace-separated chunks. "the" that always
+    stands alone is one chunk, so it would be spelled from fragments. Each word is therefore shown once more with
+    each of two marks; the counts hardly change, and whole words can become pieces.
+    """
+    words = collections.Counter()
+    for text in texts:
+        for line in filter(None, _TRAINER_RESERVED.split(text)):
+            # A word at the start of a line has no space before it, which is a piece of its own.
+            words.update((" " if match.start() else "") + match.group() for match in _WORD.finditer(line))
+            yield from (line[i : i + _LINE] for i in range(0, len(line), _LINE))
+    for word, _ in words.most_common(_MOST_WORDS):
+        yield from (word[:_LINE] + mark for mark in ".,")
+
+
+def _coverage(texts: list[str], most: int) -> float:
+    """The share of the text that its ``most`` most frequent characters make up; the rest is left to bytes."""
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    if len(counts) <= most:
+        return 1.0
+    kept = sum(count for _, count in counts.most_common(max(1, most)))
+    return kept / counts.total()
+
+
+def _training_sample(config: DataConfig) -> Iterator[str]:
+    """Some training documents in a fixed random order; the held-out ones never reach the tokenizer."""
+    documents = corpora.documents(config, "train", seed=0)
+    budget = _SAMPLE_CHARACTERS
+    most = _SAMPLE_STORIES if config.corpus == "stories" else len(documents)
+    for index in np.random.default_rng(0).permutation(len(documents))[:most]:
+        text = documents[int(index)][:budget]
+        budget -= len(text)
+        yield text
+        if not budget:
+            return
+
+
+def create(config: DataConfig, path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Args:
+      config: `tokenizer`, `tokenizer_path`, `vocab_size` and the corpus count.
+      path: Where a SentencePiece model that is trained here is kept: loaded if it exists, else written.
+
+    Raises:
+      UserError: A model file is missing or broken, or the corpus cannot be read.
+    """
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer_path:
+        return SentencePieceTokenizer.load(config.tokenizer_path)
+    if not os.path.exists(path):
+        SentencePieceTokenizer.train(_training_sample(config), config.vocab_size).save(path)
+    return SentencePieceTokenizer.load(path)

@@ -1,0 +1,74 @@
+"""What the terms of both stages share: masked sums, cross-entropy, draws from the posterior."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cola_jax import rng
+from cola_jax.types import Key, Posterior, Term
+
+
+def latent_segments(batch: dict, patch_size: int) -> Int[Array, "B N"]:
+    """The document of each latent (0: padding). Documents begin on multiples of the patch size."""
+    return batch["segment_ids"][:, ::patch_size]
+
+
+def per_example(values: Float[Array, "B N"], mask: Float[Array, "B N"], coefficient: float = 1.0) -> Term:
+    """A term from values at positions, counted where the mask is 1."""
+    return Term(jnp.sum(values * mask, axis=1), jnp.sum(mask, axis=1), coefficient)
+
+
+def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """``-log p(token)`` in nats, float32."""
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def accuracy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """1 where the most likely token is the right one."""
+    return (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
+
+
+def draw(posterior: Posterior, keys: Key) -> Float[Array, "B N D"]:
+    """One reparameterised sample of each latent."""
+    return posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(keys, posterior.mean.shape[1:])
+
+
+def kl(p: Posterior, q: Posterior) -> Float[Array, "B N"]:
+    """``KL(p || q)`` of diagonal Gaussians in nats, summed over the channels of each latent."""
+    ratio = jnp.exp(p.logvar - q.logvar)
+    distance = jnp.square(p.mean - q.mean) * jnp.exp(-q.logvar)
+    return 0.5 * jnp.sum(ratio + distance - 1.0 - p.logvar + q.logvar, axis=-1)
+
+
+def standard_normal_like(posterior: Posterior) -> Posterior:
+    """N(0, I)."""
+    return Posterior(jnp.zeros_like(posterior.mean), jnp.zeros_like(posterior.logvar))
+
+
+def negative_entropy(posterior: Posterior) -> Float[Array, "B N"]:
+    """``E_q[log q]`` in nats, in closed form, summed over the channels of each latent."""
+    return -0.5 * jnp.sum(posterior.logvar + jnp.log(2 * jnp.pi) + 1.0, axis=-1)
+
+
+def masked_token_term(model, params, batch: dict, keys: Key, mask_ratio: float, coefficient: float) -> Term:
+    """``L_mask`` (3.16): a share of the input tokens is the mask token; cross-entropy on those only.
+
+    The masked sequence is encoded and decoded through a sample of its posterior.
+    """
+    choose_keys, draw_keys = rng.split(keys, 2)
+    tokens, real = batch["tokens"], batch["segment_ids"] > 0
+    segments = latent_segments(batch, model.vae_config.patch_size)
+    chosen = (rng.uniform(choose_keys, tokens.shape[1:]) < mask_ratio) & real
+    masked = jnp.where(chosen, model.vae_config.vocab_size, tokens)
+    z = draw(model.apply(params, masked, segments, method="encode"), draw_keys)
+    logits = model.apply(params, model.normalize(z), segments, method="decode")
+    return per_example(cross_entropy(logits, tokens), chosen.astype(jnp.float32), coefficient)
+
+
+def posterior_statistics(posterior: Posterior, mask: Float[Array, "B N"]) -> dict[str, Term]:
+    """Signal and noise power of the latents, whose log-ratio is the VAE's logSNR (16.2)."""
+    return {
+        "latent_signal": per_example(jnp.mean(jnp.square(posterior.mean), axis=-1), mask, 0.0),
+        "latent_noise": per_example(jnp.mean(jnp.exp(posterior.logvar), axis=-1), mask, 0.0),
+    }

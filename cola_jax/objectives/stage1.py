@@ -1,0 +1,53 @@
+"""Stage 1: the Text VAE alone (3.16)."""
+
+import jax
+import jax.numpy as jnp
+
+from cola_jax import rng
+from cola_jax.config import Config
+from cola_jax.flow import path
+from cola_jax.objectives import common
+from cola_jax.types import Key, Params, Term
+
+
+def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:
+    """``recon + beta KL(q || N(0, I)) + lambda_mask L_mask``.
+
+    Args:
+      model: a `ColaDLM`; only its VAE is used.
+      params: variables that hold at least the VAE's.
+      batch: tokens, segment_ids [B, T]; segment 0 is padding and counts nowhere.
+      keys: [B].
+
+    Returns:
+      Terms per example. Reconstruction is per token, the KL per latent (summed over its channels).
+    """
+    stage = config.stage1
+    draw_keys, noise_keys, mask_keys = rng.split(keys, 3)
+    segments = common.latent_segments(batch, model.vae_config.patch_size)
+    tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
+    latents = (segments > 0).astype(jnp.float32)
+    posterior = model.apply(params, tokens, segments, method="encode")
+    z = model.normalize(common.draw(posterior, draw_keys))
+    logits = model.apply(params, _some_noisy(z, stage, noise_keys), segments, method="decode")
+    out = {
+        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), real),
+        "kl": common.per_example(
+            common.kl(posterior, common.standard_normal_like(posterior)), latents, stage.kl_weight
+        ),
+        "accuracy": common.per_example(common.accuracy(logits, tokens), real, 0.0),
+        **common.posterior_statistics(posterior, latents),
+    }
+    if stage.mask_weight:
+        out["mask"] = common.masked_token_term(model, params, batch, mask_keys, stage.mask_ratio, stage.mask_weight)
+    return out
+
+
+def _some_noisy(z: jax.Array, stage, keys: Key) -> jax.Array:
+    """A share of the sequences moved to a small flow time, so that the decoder tolerates the prior's errors."""
+    if not stage.noisy_decoding:
+        return z
+    choose, time, noise = rng.split(keys, 3)
+    chosen = rng.uniform(choose, (1,)) < stage.noisy_decoding
+    t = jnp.where(chosen, rng.uniform(time, (1,)) * stage.noisy_decoding_max_time, 0.0)
+    return path.interpolate(z, rng.normal(noise, z.shape[1:]), t[..., None])[0]

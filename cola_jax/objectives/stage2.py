@@ -1,0 +1,126 @@
+"""Stage 2: flow matching of the prior, with the VAE frozen or trained along (3.18)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cola_jax import rng
+from cola_jax.config import Config, Stage2Config
+from cola_jax.flow import path, schedule
+from cola_jax.objectives import common
+from cola_jax.types import Key, Params, Term
+
+
+def terms(
+    model, config: Config, params: Params, batch: dict, keys: Key, reference: Params | None = None
+) -> dict[str, Term]:
+    """``lambda_VAE (recon + beta E_q[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)``.
+
+    Args:
+      model: a `ColaDLM`.
+      params: variables of VAE and DiT.
+      batch: tokens, segment_ids [B, T]; segment 0 is padding and counts nowhere.
+      keys: [B].
+      reference: variables of the encoder as stage 2 began, frozen; None: no such term.
+
+    Returns:
+      Terms per example; L_FM is a mean over latent elements. With strategy "fix_vae" only L_FM.
+    """
+    stage = config.stage2
+    draw_keys, flow_keys, mask_keys = rng.split(keys, 3)
+    segments = common.latent_segments(batch, model.vae_config.patch_size)
+    latents = (segments > 0).astype(jnp.float32)
+    posterior = model.apply(params, batch["tokens"], segments, method="encode")
+    z = model.normalize(common.draw(posterior, draw_keys))
+    frozen = stage.strategy == "fix_vae"
+    out = {
+        "flow": flow_term(model, stage, params, z, segments, flow_keys, frozen),
+        **common.posterior_statistics(posterior, latents),
+    }
+    if frozen:
+        return out
+    return out | _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, reference)
+
+
+
+def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, reference) -> dict[str, Term]:
+    tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
+    latents = (segments > 0).astype(jnp.float32)
+    logits = model.apply(params, z, segments, method="decode")
+    out = {
+        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), real, stage.vae_weight),
+        "entropy": common.per_example(
+            common.negative_entropy(posterior), latents, stage.vae_weight * stage.entropy_weight
+        ),
+        "accuracy": common.per_example(common.accuracy(logits, tokens), real, 0.0),
+    }
+    if stage.mask_weight:
+        weight = stage.vae_weight * stage.mask_weight
+        out["mask"] = common.masked_token_term(model, params, batch, mask_keys, stage.mask_ratio, weight)
+    if reference is not None:
+        anchor = jax.lax.stop_gradient(model.apply(reference, tokens, segments, method="encode"))
+        out["reference_kl"] = common.per_example(common.kl(posterior, anchor), latents, stage.reference_weight)
+    return out
+
+
+class _Draw(NamedTuple):
+    """The random part of flow matching; G blocks in all noisy copies together, Q = G * K latents."""
+
+    noise: Array  # [B, Q, D]
+    times: Array  # [B, G]
+    pinned: Array | None  # [B, Q], positions kept clean
+    dropped: Array | None  # [B, G], blocks without history
+
+
+def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size: int) -> _Draw:
+    noise_keys, time_keys, prompt_keys, drop_keys = rng.split(keys, 4)
+    total = stage.noise_copies * length
+    blocks = total // block_size
+    sampler = (stage.time_distribution, stage.time_loc, stage.time_scale)
+    if stage.time_per == "block":
+        times = schedule.sample_times(time_keys, blocks, *sampler)
+    else:
+        times = schedule.sample_times(time_keys, stage.noise_copies, *sampler)
+        times = jnp.repeat(times, blocks // stage.noise_copies, axis=1)
+    pinned = dropped = None
+    if stage.prompt_blocks:
+        is_prompt, size = rng.split(prompt_keys, 2)
+        # A proper prefix: 1 to K - 1 positions (none where K is 1).
+        prefix = 1 + jnp.floor(rng.uniform(size, (blocks,)) * (block_size - 1)).astype(jnp.int32)
+        prefix = jnp.where(rng.uniform(is_prompt, (blocks,)) < stage.prompt_blocks, prefix, 0)
+        prefix = jnp.minimum(prefix, block_size - 1)
+        pinned = (jnp.arange(block_size)[None, None] < prefix[..., None]).reshape(-1, total)
+    if stage.history_dropout:
+        dropped = rng.uniform(drop_keys, (blocks,)) < stage.history_dropout
+    return _Draw(rng.normal(noise_keys, (total, channels)), times, pinned, dropped)
+
+
+def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False) -> Term:
+    """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
+
+    The history is stop-gradient; the gradient through z_t and the target is ``stage.encoder_gradient``.
+    """
+    copies, block = stage.noise_copies, model.dit_config.block_size
+    draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
+    history = jax.lax.stop_gradient(z)
+    data = jnp.tile(z if stage.encoder_gradient and not frozen else history, (1, copies, 1))
+    times = jnp.repeat(draw.times, block, axis=1)[..., None]
+    noisy, target = path.interpolate(data, draw.noise, times)
+    counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
+    if draw.pinned is not None:
+        noisy = jnp.where(draw.pinned[..., None], data, noisy)
+        counted = counted * ~draw.pinned
+    velocity = model.apply(
+        params,
+        noisy,
+        draw.times,
+        history=history,
+        pinned=draw.pinned,
+        segment_ids=segments,
+        drop_history=draw.dropped,
+        method="velocity",
+    )
+    error = jnp.mean(jnp.square(velocity - target), axis=-1)
+    return common.per_example(error, counted, stage.flow_weight)

@@ -1,0 +1,154 @@
+"""Where arrays live: one mesh (data, fsdp, tensor), and rules from logical axis names to its axes.
+
+Modules name the axes of their parameters and activations; only this file knows the mesh. The same code runs on
+one device, on many, and in many processes.
+"""
+
+import contextlib
+import functools
+import logging
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cola_jax.config import TrainConfig
+from cola_jax.types import PyTree, UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Every logical name must be here: a name without a rule is an error, never a silent replication.
+RULES = (
+    ("batch", BATCH_AXES),
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("latent", None),
+    ("time", None),
+    ("layers", None),
+    ("length", None),
+)
+
+
+def make_mesh(config: TrainConfig, devices=None) -> Mesh:
+    """The mesh of ``mesh_data * mesh_fsdp * mesh_tensor`` devices; an axis of 0 takes all that are left.
+
+    Args:
+      config: sizes of the axes.
+      devices: None for all devices of the run. Explicit sizes may use only the first of them.
+
+    Raises:
+      UserError: the sizes need more devices than there are, or do not divide their number.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.mesh_data, config.mesh_fsdp, config.mesh_tensor]
+    fixed = int(np.prod([size for size in sizes if size]))
+    if 0 in sizes:
+        if len(devices) % fixed:
+            raise UserError(
+                f"config.train.mesh_* = {tuple(sizes)}: allowed are sizes whose product {fixed} divides the "
+                f"{len(devices)} devices"
+            )
+        sizes[sizes.index(0)] = len(devices) // fixed
+    total = int(np.prod(sizes))
+    if total > len(devices):
+        raise UserError(f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of at most {len(devices)} devices")
+    # Auto axes: Linen's logical constraints raise on Explicit ones, the default of jax.make_mesh.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
+
+
+@functools.lru_cache(maxsize=None)
+def _report_replicated(name: str, size: int, axis: str, axis_size: int) -> None:
+    logging.getLogger(__name__).warning(
+        "parameter axis %r of size %d is replicated: mesh axis %r of %d does not divide it", name, size, axis, axis_size
+    )
+
+
+def partition_spec(names, shape, mesh: Mesh) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names (None: not partitioned).
+
+    A mesh axis that does not divide the dimension is dropped (small models), and that is logged once.
+
+    Raises:
+      ValueError: a name without a rule, or two names that want the same mesh axis.
+    """
+    rules, spec, used = dict(RULES), [], set()
+    if len(names) != len(shape):
+        raise ValueError(f"logical axes {tuple(names)} do not fit the shape {tuple(shape)}")
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} in {tuple(names)} has no rule; known are {', '.join(rules)}")
+        axes = rules.get(name)
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in used:
+                raise ValueError(f"logical axes {tuple(names)} use the mesh axis {axis!r} twice")
+            used.add(axis)
+        axis_size = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+        if size % axis_size:
+            _report_replicated(name, size, str(axes), axis_size)
+            axes = None
+        spec.append(axes)
+    return PartitionSpec(*spec)
+
+
+def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """NamedShardings for a tree of abstract arrays, with the boxes of `nn.with_logical_partitioning` removed.
+
+    Args:
+      boxed: a tree from `jax.eval_shape`; leaves without a box are replicated.
+      mesh: from `make_mesh`.
+    """
+
+    def leaf(x):
+        if isinstance(x, nn.Partitioned):
+            return NamedSharding(mesh, partition_spec(x.names, x.value.shape, mesh))
+        return replicated(mesh)
+
+    return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over all devices but those of the tensor axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh, field: str = "optimizer.accumulation") -> None:
+    """Raises UserError if the examples of a microbatch cannot be shared out evenly over the mesh."""
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if batch_size % (parts * accumulation):
+        raise UserError(
+            f"config.data.batch_size = {batch_size}: allowed is a multiple of {parts * accumulation} "
+            f"(mesh data * fsdp = {parts}, {field} = {accumulation})"
+        )
+
+
+def put_batch(mesh: Mesh, batch: dict) -> dict:
+    """Global arrays from each process's own rows of a batch (numpy arrays [B / processes, ...])."""
+    rows = next(iter(batch.values())).shape[0]
+    check_batch(rows * jax.process_count(), 1, mesh)
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh):
+    """Makes `constrain` and Linen's logical constraints act on ``mesh`` while a function is traced."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Keeps an activation partitioned as its logical axis names say; without a mesh, ``x`` as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))

@@ -1,0 +1,110 @@
+"""The training state: everything that a step reads and writes."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cola_jax import sharding
+from cola_jax.train import optimizer as optimizers
+from cola_jax.types import Key, Params, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State after ``step`` updates.
+
+    ``finite`` becomes False with the first loss or gradient that is not finite, and from then on the state stays
+    as it is: the host may look late without losing the last good state.
+    """
+
+    step: jax.Array  # int32
+    params: Params  # {"params": {"vae": ..., "dit": ...}}, float32
+    opt_state: PyTree  # of the trained groups
+    ema: PyTree | None  # moving average of the trained groups
+    reference: Params | None  # the encoder as stage 2 began: {"params": {"vae": {"encoder": ...}}}
+    finite: jax.Array  # bool
+
+
+def evaluation_params(state: TrainState) -> Params:
+    """The variables to evaluate and sample with: the moving average where there is one."""
+    return {"params": {**state.params["params"], **(state.ema or {})}}
+
+
+def make_init(
+    init: Callable[[Key], Params],
+    optimizer: optax.GradientTransformation,
+    trained: tuple[str, ...],
+    *,
+    groups: tuple[str, ...] = ("vae", "dit"),
+    ema: bool = False,
+    reference: bool = False,
+) -> Callable[[Key, PyTree | None], TrainState]:
+    """A pure function ``(key, vae) -> TrainState`` to be traced, with the parameters' boxes still on.
+
+    Args:
+      init: variables of the whole model from a key, boxed with their logical axes.
+      optimizer: over the trained groups.
+      trained: see `optimizer.trained_groups`.
+      groups: which of the model's groups the stage holds (stage 1: only "vae").
+      ema: keep a moving average.
+      reference: keep a copy of the encoder.
+
+    Returns:
+      The function; ``vae`` replaces the fresh VAE parameters (stage 2 starts from stage 1's), None keeps them.
+    """
+
+    def make(key: Key, vae: PyTree | None = None) -> TrainState:
+        fresh = init(key)["params"]
+        params = {"params": {name: fresh[name] for name in groups}}
+        if vae is not None:
+            params["params"]["vae"] = _rebox(fresh["vae"], vae)
+        active, _ = optimizers.split_groups(params, trained)
+        # Copies, because donation wants every leaf of the state in a buffer of its own.
+        encoder = jax.tree.map(jnp.copy, params["params"]["vae"]["encoder"]) if reference else None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(active),
+            ema=jax.tree.map(jnp.copy, active) if ema else None,
+            reference={"params": {"vae": {"encoder": encoder}}} if reference else None,
+            finite=jnp.ones((), bool),
+        )
+
+    return make
+
+
+def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda box, value: box.replace_boxed(value) if isinstance(box, nn.Partitioned) else value,
+        boxed,
+        values,
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+
+
+def abstract(make: Callable[..., TrainState], mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings; nothing is computed."""
+    boxed = jax.eval_shape(make, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        sharding.shardings(boxed, mesh),
+    )
+
+
+def create(make: Callable[..., TrainState], mesh: Mesh, key: Key, vae: PyTree | None = None) -> TrainState:
+    """A fresh state, each shard of it computed where it lives.
+
+    Args:
+      make: from `make_init`.
+      mesh: the devices.
+      key: from `rng.key(seed, "init")`.
+      vae: the VAE parameters to start from, or None.
+    """
+    target = jax.tree.map(lambda x: x.sharding, abstract(make, mesh))
+    return jax.jit(lambda k, v: nn.meta.unbox(make(k, v)), out_shardings=target)(key, vae)

@@ -1,0 +1,183 @@
+"""One training step and one evaluation step, as pure jitted functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cola_jax import rng, sharding
+from cola_jax.config import OptimizerConfig
+from cola_jax.train import optimizer as optimizers
+from cola_jax.train.state import TrainState
+from cola_jax.types import Key, Params, PyTree, Term
+
+# (params, batch, keys, reference) -> terms per example
+TermsFn = Callable[[Params, dict, Key, Params | None], dict[str, Term]]
+
+
+def _mean(value: jax.Array, weight: jax.Array) -> jax.Array:
+    """``value / weight``, and 0 where nothing was counted."""
+    return jnp.where(weight > 0, value / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def add_derived(means: dict) -> dict:
+    """Adds the VAE's logSNR (16.2) to term means that hold the power of signal and noise."""
+    if "latent_signal" in means and "latent_noise" in means:
+        return {**means, "logsnr": jnp.log(means["latent_signal"] / means["latent_noise"])}
+    return means
+
+
+def _microbatches(tree: PyTree, number: int) -> PyTree:
+    """[B, ...] -> [number, B / number, ...], with example i in microbatch i % number.
+
+    Strided, so that each device cuts up its own rows instead of exchanging them.
+    """
+
+    def cut(x):
+        x = jnp.swapaxes(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 0, 1)
+        return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    return jax.tree.map(cut, tree)
+
+
+def _loss_and_gradients(terms: TermsFn, trained, frozen, batch, keys, reference, accumulation: int):
+    """``sum_i coefficient_i * sum(value_i) / sum(weight_i)``, its gradients by ``trained``, the terms' means.
+
+    With accumulation the weights of the whole batch are summed first, so that microbatches add up to the same
+    result however the weights are spread over them.
+    """
+
+    def evaluate(active, data, data_keys):
+        return terms({"params": {**frozen, **active}}, data, data_keys, reference)
+
+    def weights(found):
+        return {name: jax.lax.stop_gradient(jnp.sum(term.weight)) for name, term in found.items()}
+
+    def loss(active, data, data_keys, totals=None):
+        found = evaluate(active, data, data_keys)
+        totals = weights(found) if totals is None else totals
+        means = {name: _mean(jnp.sum(term.value), totals[name]) for name, term in found.items()}
+        return jnp.asarray(sum(term.coefficient * means[name] for name, term in found.items())), means
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if accumulation == 1:
+        (value, means), gradients = gradient(trained, batch, keys)
+        return value, means, gradients
+    parts = _microbatches((batch, keys), accumulation)
+    # Only weights leave this scan: XLA drops the model from it.
+    totals = jax.lax.map(lambda part: weights(evaluate(trained, *part)), parts)
+    totals = jax.tree.map(lambda x: jnp.sum(x, axis=0), totals)
+
+    def add(carry, part):
+        (value, means), gradients = gradient(trained, *part, totals)
+        return jax.tree.map(jnp.add, carry, (value, means, gradients)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, totals), jax.tree.map(jnp.zeros_like, trained))
+    return jax.lax.scan(add, start, parts)[0]
+
+
+def _moving_average(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> PyTree:
+    """``ema + (1 - d) (params - ema)``: exact where both agree. The decay d rises to ``decay`` from 0.1."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+
+
+def make_train_step(
+    terms: TermsFn,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    trained: tuple[str, ...],
+    target: TrainState,
+    mesh: Mesh,
+    *,
+    steps: int,
+    seed: int,
+    first_step: int = 0,
+):
+    """The jitted ``(state, batch) -> (state, metrics)``; the state's buffers are donated.
+
+    If the loss or the norm of its gradient is not finite, the state stays as it was, step included, now and in
+    later calls (`TrainState.finite`); the metrics are those of the step that failed.
+
+    Args:
+      terms: ``(params, batch, keys, reference) -> {name: Term}``; noise comes from ``keys`` alone.
+      optimizer: over the trained groups, from `optimizer.create`.
+      config: accumulation, moving average, rates (for the report).
+      trained: the groups that have gradients.
+      target: from `state.abstract`: where the state lives.
+      mesh: the devices.
+      steps: of the stage.
+      seed: of the run.
+      first_step: added to the step in the keys, so that stage 2 does not draw what stage 1 drew.
+
+    Returns:
+      The function. Metrics are float32 scalars: the loss, the mean of every term, "grad_norm", "update_norm" and
+      "update_norm/<group>", "learning_rate", "finite" (1 or 0).
+    """
+    rate = optimizers.learning_rate(config, steps)
+
+    def step_fn(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        keys = rng.key(seed, "train", state.step + first_step, sample=jnp.arange(batch["tokens"].shape[0]))
+        active, frozen = optimizers.split_groups(state.params, trained)
+        loss, means, gradients = _loss_and_gradients(
+            terms, active, frozen, batch, keys, state.reference, config.accumulation
+        )
+        norm = optax.global_norm(gradients)
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, active)
+        active = optax.apply_updates(active, updates)
+        ema = state.ema if state.ema is None else _moving_average(state.ema, active, config.ema, state.step)
+        params = {"params": {**frozen, **active}}
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(finite=finite)
+        metrics = {
+            "loss": loss,
+            **add_derived(means),
+            "grad_norm": norm,
+            "update_norm": optax.global_norm(updates),
+            **{f"update_norm/{name}": optax.global_norm(update) for name, update in updates.items()},
+            "learning_rate": rate(state.step),
+            "finite": finite,
+        }
+        return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    def traced(state, batch):
+        with sharding.activate(mesh):
+            return step_fn(state, batch)
+
+    homes = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(
+        traced,
+        donate_argnums=0,
+        in_shardings=(homes, sharding.batch_sharding(mesh)),
+        out_shardings=(homes, sharding.replicated(mesh)),
+    )
+
+
+def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int):
+    """The jitted ``(params, reference, batch, index) -> {name: Term}`` with each term summed over the batch.
+
+    The noise of held-out batch ``index`` is the same at every evaluation.
+    """
+
+    def eval_step(params: Params, reference: Params | None, batch: dict, index: jax.Array) -> dict[str, Term]:
+        keys = rng.key(seed, "evaluate", index, sample=jnp.arange(batch["tokens"].shape[0]))
+        with sharding.activate(mesh):
+            found = terms(params, batch, keys, reference)
+        return {
+            name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()
+        }
+
+    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+
+
+def summarize(sums: list[dict[str, Term]]) -> dict[str, float]:
+    """Loss and term means over several batches, from what the evaluation step returned for each."""
+    means, loss = {}, 0.0
+    for name in sums[0]:
+        value, weight = (sum(float(getattr(batch[name], field)) for batch in sums) for field in ("value", "weight"))
+        means[name] = value / weight if weight else 0.0
+        loss += float(sums[0][name].coefficient) * means[name]
+    return {name: float(value) for name, value in {"loss": loss, **add_derived(means)}.items()}

@@ -1,0 +1,191 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_model
+
+from cola_jax import rng, sharding
+from cola_jax.config import OptimizerConfig, Stage2Config, TrainConfig
+from cola_jax.train import optimizer as optimizers
+from cola_jax.train import state as states
+from cola_jax.train import step as steps
+from cola_jax.types import Term
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_steps=2)
+ONE = TrainConfig(mesh_data=1)
+
+
+def build(stage=2, strategy="joint", optimizer=OPTIMIZER, train=ONE, terms=None, interval=0, total=20):
+    """(state, step, mesh, target) of the toy."""
+    mesh = sharding.make_mesh(train)
+    settings = Stage2Config(strategy=strategy, interval=interval)
+    trained = optimizers.trained_groups(stage, strategy)
+    transform = optimizers.create(optimizer, total, stage, settings)
+    make = states.make_init(
+        toy_model.init,
+        transform,
+        trained,
+        groups=("vae",) if stage == 1 else ("vae", "dit"),
+        ema=optimizer.ema > 0,
+        reference=stage == 2 and strategy != "fix_vae",
+    )
+    target = states.abstract(make, mesh)
+    state = states.create(make, mesh, rng.key(0, "init"))
+    terms = terms or (toy_model.stage1_terms if stage == 1 else toy_model.stage2_terms)
+    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=total, seed=0)
+    return state, step, mesh, target
+
+
+def run(state, step, mesh, count, first=0):
+    history = []
+    for i in range(first, first + count):
+        state, metrics = step(state, sharding.put_batch(mesh, toy_model.batch(i)))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def values(tree):
+    return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+def same_bits(a, b):
+    return all(x.tobytes() == y.tobytes() for x, y in zip(values(a), values(b), strict=True))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_learns(stage):
+    state, step, mesh, _ = build(stage)
+    state, history = run(state, step, mesh, 20)
+    assert int(state.step) == 20
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert set(state.params["params"]) == ({"vae"} if stage == 1 else {"vae", "dit"})
+
+
+def test_no_recompilation():
+    traces = []
+
+    def terms(*args):
+        traces.append(1)
+        return toy_model.stage1_terms(*args)
+
+    state, step, mesh, _ = build(1, terms=terms)
+    state, _ = run(state, step, mesh, 1)
+    before = len(traces)
+    run(state, step, mesh, 3, first=1)
+    assert len(traces) == before
+
+
+def test_accumulation_is_exact():
+    one, four = (build(2, optimizer=dataclasses.replace(OPTIMIZER, accumulation=n)) for n in (1, 4))
+    (state1, history1), (state4, history4) = run(*one[:3], 3), run(*four[:3], 3)
+    for first, second in zip(history1, history4, strict=True):
+        np.testing.assert_allclose([*second.values()], [*first.values()], rtol=1e-5, atol=1e-6)
+    for a, b in zip(values(state1.params), values(state4.params), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_microbatches_cost_no_model():
+    def dots(accumulation):
+        state, step, mesh, _ = build(2, optimizer=dataclasses.replace(OPTIMIZER, accumulation=accumulation))
+        compiled = step.lower(state, sharding.put_batch(mesh, toy_model.batch(0))).compile()
+        return compiled.as_text().count(" dot(")
+
+    assert dots(4) == dots(1) > 0
+
+
+def test_mesh_does_not_change_losses():
+    _, one = run(*build(2)[:3], 20)
+    train = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    state, step, mesh, target = build(2, train=train, optimizer=dataclasses.replace(OPTIMIZER, accumulation=2))
+    kernel = state.params["params"]["dit"]["layers"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    state, eight = run(state, step, mesh, 20)
+    np.testing.assert_allclose([h["loss"] for h in eight], [h["loss"] for h in one], rtol=2e-5)
+    moment = state.opt_state[2].inner_states["dit"].inner_state[0].mu["dit"]["layers"]["kernel"]
+    assert moment.sharding == kernel.sharding
+
+
+def test_loss_is_the_weighted_mean_over_the_batch():
+    state, step, mesh, _ = build(1)
+    params = jax.tree.map(np.array, state.params)
+    data = toy_model.batch(0)
+    keys = rng.key(0, "train", 0, sample=jnp.arange(8))
+    term = toy_model.stage1_terms(params, data, keys)["reconstruction"]
+    expected = np.sum(term.value, dtype=np.float64) / np.sum(term.weight)
+    _, history = run(state, step, mesh, 1)
+    np.testing.assert_allclose(history[0]["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_guard_keeps_the_last_good_state(bad):
+    def terms(params, batch, keys, reference):
+        found = toy_model.stage2_terms(params, batch, keys, reference)
+        # Token 0 alone in the first position of the batch marks the step that fails.
+        poison = jnp.where(batch["positions"][0, 0] == 7, jnp.inf, 0.0)
+        if bad == "gradient":  # a finite loss whose gradient is not
+            poison = jnp.sqrt(poison * 0 + jnp.where(batch["positions"][0, 0] == 7, 0.0, 1.0) * params_sum(params))
+        return found | {"poison": Term(jnp.full(8, poison), jnp.ones(8), 1.0)}
+
+    def params_sum(params):
+        return jnp.sum(params["params"]["dit"]["layers"]["kernel"] ** 2)
+
+    state, step, mesh, _ = build(2, terms=terms, optimizer=dataclasses.replace(OPTIMIZER, ema=0.9))
+    state, _ = run(state, step, mesh, 2)
+    good = jax.tree.map(np.array, state.replace(finite=None))
+    data = toy_model.batch(2)
+    data["positions"][0, 0] = 7
+    state, metrics = step(state, sharding.put_batch(mesh, data))
+    assert metrics["finite"] == 0
+    assert np.isfinite(float(metrics["loss"])) == (bad == "gradient")
+    state, metrics = step(state, sharding.put_batch(mesh, toy_model.batch(3)))
+    assert metrics["finite"] == 0 and int(state.step) == 2
+    assert same_bits(good, state.replace(finite=None))
+
+
+def test_moving_average():
+    state, step, mesh, _ = build(2, strategy="fix_vae", optimizer=dataclasses.replace(OPTIMIZER, ema=0.5))
+    expected = np.array(state.params["params"]["dit"]["layers"]["kernel"])
+    for i in range(3):
+        state, _ = run(state, step, mesh, 1, first=i)
+        decay = min(0.5, (1 + i) / (10 + i))
+        expected = decay * expected + (1 - decay) * np.array(state.params["params"]["dit"]["layers"]["kernel"])
+    used = states.evaluation_params(state)["params"]
+    np.testing.assert_allclose(used["dit"]["layers"]["kernel"], expected, rtol=1e-5)
+    assert same_bits(used["vae"], state.params["params"]["vae"])
+
+
+def test_stage_two_starts_from_stage_one():
+    first, step, mesh, _ = build(1)
+    first, _ = run(first, step, mesh, 2)
+    vae = first.params["params"]["vae"]
+    transform = optimizers.create(OPTIMIZER, 20, 2, Stage2Config(strategy="joint"))
+    make = states.make_init(toy_model.init, transform, ("dit", "vae"), reference=True)
+    second = states.create(make, mesh, rng.key(0, "init"), vae)
+    assert same_bits(second.params["params"]["vae"], vae)
+    assert same_bits(second.reference["params"]["vae"]["encoder"], vae["encoder"])
+    assert not same_bits(states.create(make, mesh, rng.key(0, "init")).params["params"]["vae"], vae)
+    assert int(second.step) == 0
+
+
+def test_evaluation_sums_over_batches():
+    state, _, mesh, _ = build(1)
+    evaluate = steps.make_eval_step(toy_model.stage1_terms, mesh, seed=0)
+    batches = [toy_model.batch(i) for i in range(2)]
+    sums = [evaluate(state.params, None, sharding.put_batch(mesh, b), i) for i, b in enumerate(batches)]
+    found = steps.summarize(sums)
+    terms = [
+        toy_model.stage1_terms(state.params, b, rng.key(0, "evaluate", i, sample=jnp.arange(8)))
+        for i, b in enumerate(batches)
+    ]
+    value = sum(np.sum(t["reconstruction"].value) for t in terms)
+    weight = sum(np.sum(t["reconstruction"].weight) for t in terms)
+    np.testing.assert_allclose(found["reconstruction"], value / weight, rtol=1e-5)
+    np.testing.assert_allclose(found["loss"], value / weight, rtol=1e-5)
+    assert "power" in found
+
+
+def test_logsnr_from_latent_powers():
+    means = steps.add_derived({"latent_signal": jnp.asarray(1.0), "latent_noise": jnp.asarray(0.1)})
+    np.testing.assert_allclose(means["logsnr"], np.log(10.0), rtol=1e-6)
