@@ -39,17 +39,17 @@ def _require_choice(part: str, config, name: str, choices: tuple) -> None:
 class StoriesConfig:
     """Difficulty of the embedded corpus (`cola_jax.data.stories`)."""
 
-    values: int = 0  # values kept for each factor of a story (who, where, goal, ...); 0: all
+    values: int = 0  # values kept for each factor of a story (who, where, goal, mood, ending); 0: all
     variants: int = 0  # wordings kept for each kind of sentence; 0: all
+    choices: int = 0  # words kept in each list of local choices; 0: all
     min_sentences: int = 4
     max_sentences: int = 6
-    aligned: bool = False  # True: each sentence has exactly 8 tokens; False: natural lengths
+    aligned: bool = False  # True: each sentence has exactly 8 tokens (7 words and a full stop); False: 4 to 14
 
     def validate(self, part: str = "data.stories") -> None:
-        _require_at_least(0, part, self, "values", "variants")
-        _require(self.values != 1, f"{part}.values", self.values, "0 (all) or at least 2")
+        _require_at_least(0, part, self, "values", "variants", "choices")
         low, high = self.min_sentences, self.max_sentences
-        _require(4 <= low <= 6, f"{part}.min_sentences", low, "4, 5 or 6")
+        _require(2 <= low <= 6, f"{part}.min_sentences", low, "from 2 to 6")
         _require(low <= high <= 6, f"{part}.max_sentences", high, f"from min_sentences = {low} to 6")
 
 

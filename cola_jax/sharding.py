@@ -11,7 +11,7 @@ import logging
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cola_jax.config import TrainConfig
 from cola_jax.types import PyTree, UserError
@@ -68,7 +68,7 @@ def _report_replicated(name: str, size: int, axis: str, axis_size: int) -> None:
     )
 
 
-def partition_spec(names, shape, mesh: Mesh) -> PartitionSpec:
+def partition_spec(names, shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of an array whose axes have these logical names (None: not partitioned).
 
     A mesh axis that does not divide the dimension is dropped (small models), and that is logged once.

@@ -35,6 +35,7 @@ class _StoryDocuments(collections.abc.Sequence):
     """Stories of one split; story i is drawn again until its hash is on the right side."""
 
     def __init__(self, config: DataConfig, split: Split, seed: int):
+        self._arguments = (config, split, seed)
         self._stories = Stories(config.stories)
         self._seed = seed % 2**64
         self._holdout = config.holdout
@@ -42,6 +43,9 @@ class _StoryDocuments(collections.abc.Sequence):
         share = config.holdout if self._held_out else 1.0
         self._length = max(1, round(config.num_stories * share))
         self._found: dict[int, str] = {}  # held-out stories take 1 / holdout draws each: keep them
+
+    def __reduce__(self):
+        return _StoryDocuments, self._arguments  # data workers build their own copy
 
     def __len__(self) -> int:
         return self._length
@@ -91,7 +95,8 @@ def _text_documents(config: DataConfig) -> list[str]:
         try:
             text = _read(path).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); allowed is UTF-8 text") from error
+            where = f"byte {error.start} is not UTF-8 ({error.reason})"
+            raise UserError(f"{path}: {where}; allowed is UTF-8 text") from error
         parts = re.split(separator, text) if config.document_separator else [text]
         result += [part for part in parts if part.strip()]
     if not result:

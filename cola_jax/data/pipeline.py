@@ -6,7 +6,9 @@ Every process computes the global batches and keeps its own rows: what a step tr
 depend on the configuration and the seed but not on the number of processes.
 """
 
+import atexit
 import functools
+import weakref
 from collections.abc import Sequence
 
 import grain
@@ -37,6 +39,44 @@ def _rows(config: DataConfig, tokenizer: Tokenizer, documents: grain.MapDataset)
         pad = functools.partial(packing.pad_row, length=length, pad_id=pad_id)
         return tokens.map(pad).to_iter_dataset(inline)
     return packing.ConcatIterDataset(tokens.to_iter_dataset(inline), length, pad_id)
+
+
+def _close(reference: weakref.ref) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()
+
+
+class _ClosingIterator(grain.DatasetIterator):
+    """The parent's elements; see `_CloseAtExit`."""
+
+    def __init__(self, parent: grain.DatasetIterator):
+        super().__init__(parent)
+        atexit.register(_close, weakref.ref(self))
+
+    def __next__(self) -> packing.Row:
+        return next(self._parent)
+
+    def get_state(self) -> dict:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._parent.set_state(state)
+
+    def close(self) -> None:
+        super().close()
+        self._parents = ()  # Grain's own __del__ fails once the interpreter has cleared its modules
+
+
+class _CloseAtExit(grain.IterDataset):
+    """Ends the threads and processes of its parent before the interpreter ends, if nobody has closed the iterator.
+
+    A prefetching thread of Grain that is inside C++ code (SentencePiece, Grain's shuffle) when the interpreter shuts
+    down aborts the process after all its work: "terminate called without an active exception", exit status -6.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ClosingIterator(iter(self._parent))
 
 
 def create(
@@ -88,9 +128,9 @@ def create(
         if not flags.FLAGS.is_parsed():  # Grain reads its flags here, and binaries without absl never parse them
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=_PREFETCHED)
-        return batches.mp_prefetch(options)
+        return _CloseAtExit(batches.mp_prefetch(options))
     # The held-out part is short, and workers would each end with a batch of padding: a thread is enough.
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED)
+    return _CloseAtExit(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCHED))
 
 
 def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:

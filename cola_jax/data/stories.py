@@ -30,54 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cola_jax.config import StoriesConfig
 from cola_jax.data import stories_templates as templates
 from cola_jax.data.stories_templates import Categorical, Wording
 
 _SLOTS = tuple(templates.SLOTS)
-_FEWEST, _MOST = 2, len(templates.NATURAL)
 _SENTENCE = re.compile(r"[^.]*\.|[^.]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoriesConfig:
-    """Difficulty of the stories.
-
-    Attributes:
-      values: Values kept per factor slot, >= 0; 0 keeps all, and so does a slot that
-        has fewer.
-      variants: Wordings kept per sentence type, >= 0; 0 keeps all.
-      min_sentences: Fewest sentences of a story, 2 to 6.
-      max_sentences: Most sentences of a story, `min_sentences` to 6.
-      aligned: True gives every sentence exactly 8 tokens (7 words and the full stop);
-        False gives sentences of different lengths.
-      choices: Words kept per list of local choices, >= 0; 0 keeps all.
-
-    Raises:
-      ValueError: If a field has the wrong type or is out of range.
-    """
-
-    values: int = 0
-    variants: int = 0
-    min_sentences: int = 4
-    max_sentences: int = 6
-    aligned: bool = False
-    choices: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("values", "variants", "choices"):
-            self._check_integer(name, 0, None)
-        self._check_integer("min_sentences", _FEWEST, _MOST)
-        self._check_integer("max_sentences", self.min_sentences, _MOST)
-        if not isinstance(self.aligned, bool):
-            raise ValueError(f"aligned={self.aligned!r}: must be True or False")
-
-    def _check_integer(self, name: str, low: int, high: int | None) -> None:
-        value = getattr(self, name)
-        # bool is an int to Python, but `values=True` is surely a mistake.
-        good = isinstance(value, int) and not isinstance(value, bool)
-        if not good or value < low or (high is not None and value > high):
-            limit = f">= {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name}={value!r}: must be an integer {limit}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +127,7 @@ class Stories:
           ValueError: If the tables would make the grammar ambiguous.
         """
         config = StoriesConfig() if config is None else config
+        config.validate()
         self.config = config
         forms = templates.slot_forms(config.values)
         # The first form of a slot also serves as the public name of its values.

@@ -24,7 +24,7 @@ _TRAINER_RESERVED = re.compile("[\n\r\t\0\u2581\u2585]+")  # lines with such cha
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 50_000  # words that are offered to the trainer as whole pieces
 _SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
-_SAMPLE_CHARACTERS = 20_000_000  # most text a tokenizer is trained on
+_SAMPLE_CHARACTERS = 10_000_000  # most text a tokenizer is trained on; about half a minute
 
 
 @typing.runtime_checkable
@@ -49,7 +49,7 @@ class Tokenizer(typing.Protocol):
         """The ids of ``text``; never a special one, whatever the text spells."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
         """The text of ``ids`` (0 to ``vocab_size - 1``), without padding and ends of text."""
         ...
 
@@ -67,10 +67,10 @@ class ByteTokenizer:
         """One id for each byte of ``text`` in UTF-8."""
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         specials = (self.eos_id, self.pad_id)
-        return bytes(int(i) for i in ids if i not in specials).decode("utf-8", errors="replace")
+        return bytes(i for i in map(int, ids) if i not in specials).decode("utf-8", errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -119,10 +119,10 @@ class SentencePieceTokenizer:
             ids += (self._space_ids if i else []) + self._processor.encode_as_ids(part)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
         """The text of ``ids``; byte pieces that are not UTF-8 become U+FFFD."""
         specials = (self.eos_id, self.pad_id)
-        return self._processor.decode([int(i) for i in ids if i not in specials])
+        return self._processor.decode([i for i in map(int, ids) if i not in specials])
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
@@ -139,12 +139,12 @@ class SentencePieceTokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_training_lines(texts),
+                sentence_iterator=_training_lines(texts, rare=_rare(texts, keep=(vocab_size - 260) // 2)),
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
-                character_coverage=_coverage(texts, (vocab_size - 260) // 2),
+                character_coverage=1.0,
                 # Lossless: nothing is normalised, stripped or added, and unseen characters become bytes.
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
@@ -192,7 +192,19 @@ class SentencePieceTokenizer:
         os.replace(partial, path)
 
 
-def _training_lines(texts: list[str]) -> Iterator[str]:
+def _rare(texts: list[str], keep: int) -> dict[int, str]:
+    """A translation to line ends of all but the ``keep`` most frequent characters.
+
+    Each character the trainer sees becomes a piece. Where they are too many for the vocabulary, the rarest ones are
+    left to their bytes (SentencePiece's own option for this accepts no more than 2 % of the text).
+    """
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    return {ord(character): "\n" for character, _ in counts.most_common()[max(1, keep) :]}
+
+
+def _training_lines(texts: list[str], rare: dict[int, str]) -> Iterator[str]:
     """The lines the trainer learns from.
 
     The trainer proposes a piece only if it occurs in two different whitespace-separated chunks. "the" that always
@@ -201,23 +213,12 @@ def _training_lines(texts: list[str]) -> Iterator[str]:
     """
     words = collections.Counter()
     for text in texts:
-        for line in filter(None, _TRAINER_RESERVED.split(text)):
+        for line in filter(None, _TRAINER_RESERVED.split(text.translate(rare) if rare else text)):
             # A word at the start of a line has no space before it, which is a piece of its own.
             words.update((" " if match.start() else "") + match.group() for match in _WORD.finditer(line))
             yield from (line[i : i + _LINE] for i in range(0, len(line), _LINE))
     for word, _ in words.most_common(_MOST_WORDS):
         yield from (word[:_LINE] + mark for mark in ".,")
-
-
-def _coverage(texts: list[str], most: int) -> float:
-    """The share of the text that its ``most`` most frequent characters make up; the rest is left to bytes."""
-    counts = collections.Counter()
-    for text in texts:
-        counts.update(text)
-    if len(counts) <= most:
-        return 1.0
-    kept = sum(count for _, count in counts.most_common(max(1, most)))
-    return kept / counts.total()
 
 
 def _training_sample(config: DataConfig) -> Iterator[str]:

@@ -22,12 +22,13 @@ class TrainState:
     as it is: the host may look late without losing the last good state.
     """
 
-    step: jax.Array  # int32
+    # Any, not jax.Array: the same tree also holds abstract arrays and shardings.
+    step: PyTree  # int32 scalar
     params: Params  # {"params": {"vae": ..., "dit": ...}}, float32
     opt_state: PyTree  # of the trained groups
     ema: PyTree | None  # moving average of the trained groups
     reference: Params | None  # the encoder as stage 2 began: {"params": {"vae": {"encoder": ...}}}
-    finite: jax.Array  # bool
+    finite: PyTree  # bool scalar
 
 
 def evaluation_params(state: TrainState) -> Params:

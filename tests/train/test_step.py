@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_steps=2)
 ONE = TrainConfig(mesh_data=1)
 
 
-def build(stage=2, strategy="joint", optimizer=OPTIMIZER, train=ONE, terms=None, interval=0, total=20):
-    """(state, step, mesh, target) of the toy."""
+@functools.cache
+def compiled(stage, strategy, optimizer, train, terms, interval, total):
+    """What tests with the same settings share: compilation is most of their time."""
     mesh = sharding.make_mesh(train)
     settings = Stage2Config(strategy=strategy, interval=interval)
     trained = optimizers.trained_groups(stage, strategy)
@@ -32,10 +34,19 @@ def build(stage=2, strategy="joint", optimizer=OPTIMIZER, train=ONE, terms=None,
         reference=stage == 2 and strategy != "fix_vae",
     )
     target = states.abstract(make, mesh)
-    state = states.create(make, mesh, rng.key(0, "init"))
+    initial = jax.tree.map(np.array, states.create(make, mesh, rng.key(0, "init")))
     terms = terms or (toy_model.stage1_terms if stage == 1 else toy_model.stage2_terms)
     step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=total, seed=0)
-    return state, step, mesh, target
+    return initial, step, mesh, target
+
+
+def build(stage=2, strategy="joint", optimizer=OPTIMIZER, train=ONE, terms=None, interval=0, total=20):
+    """(state, step, mesh, target) of the toy; the state is the caller's own."""
+    initial, step, mesh, target = compiled(stage, strategy, optimizer, train, terms, interval, total)
+    # A jitted copy: a buffer that is shared with numpy cannot be donated.
+    homes = jax.tree.map(lambda x: x.sharding, target)
+    state = jax.tree.map(lambda x, home: jax.device_put(x, home), initial, homes)
+    return jax.tree.map(jnp.copy, state), step, mesh, target
 
 
 def run(state, step, mesh, count, first=0):
@@ -113,7 +124,7 @@ def test_loss_is_the_weighted_mean_over_the_batch():
     data = toy_model.batch(0)
     keys = rng.key(0, "train", 0, sample=jnp.arange(8))
     term = toy_model.stage1_terms(params, data, keys)["reconstruction"]
-    expected = np.sum(term.value, dtype=np.float64) / np.sum(term.weight)
+    expected = np.sum(np.asarray(term.value, np.float64)) / np.sum(term.weight)
     _, history = run(state, step, mesh, 1)
     np.testing.assert_allclose(history[0]["loss"], expected, rtol=1e-5)
 
@@ -121,15 +132,15 @@ def test_loss_is_the_weighted_mean_over_the_batch():
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_guard_keeps_the_last_good_state(bad):
     def terms(params, batch, keys, reference):
+        # 7 as the very first position marks the batch that fails.
+        poisoned = batch["positions"][0, 0] == 7
+        if bad == "loss":
+            value = jnp.where(poisoned, jnp.inf, 0.0)
+        else:  # the square root of 0 is 0, its slope is not finite
+            weight = jnp.sum(params["params"]["dit"]["layers"]["kernel"] ** 2)
+            value = jnp.sqrt(jnp.where(poisoned, 0.0, 1.0) * weight)
         found = toy_model.stage2_terms(params, batch, keys, reference)
-        # Token 0 alone in the first position of the batch marks the step that fails.
-        poison = jnp.where(batch["positions"][0, 0] == 7, jnp.inf, 0.0)
-        if bad == "gradient":  # a finite loss whose gradient is not
-            poison = jnp.sqrt(poison * 0 + jnp.where(batch["positions"][0, 0] == 7, 0.0, 1.0) * params_sum(params))
-        return found | {"poison": Term(jnp.full(8, poison), jnp.ones(8), 1.0)}
-
-    def params_sum(params):
-        return jnp.sum(params["params"]["dit"]["layers"]["kernel"] ** 2)
+        return found | {"poison": Term(jnp.full(8, value), jnp.ones(8), 1.0)}
 
     state, step, mesh, _ = build(2, terms=terms, optimizer=dataclasses.replace(OPTIMIZER, ema=0.9))
     state, _ = run(state, step, mesh, 2)

@@ -1,0 +1,102 @@
+"""What every binary shares: flags, the config flag, and errors told in one line.
+
+Exit status: 0 done, 2 something the user can fix, 3 training diverged, 128 + signal if stopped by one.
+"""
+
+import logging as python_logging
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cola_jax import config as configs
+from cola_jax.train import loop
+from cola_jax.types import UserError
+
+
+def config_flag(name: str = "config"):
+    """Defines ``--config=configs/x.py``; its fields are flags too (``--config.train.log_every=10``), unknown ones
+    are errors. Returns the flag holder for `read_config`.
+    """
+    return config_flags.DEFINE_config_file(name, lock_config=True, help_string="a file of configs/")
+
+
+def read_config(flag) -> configs.Config:
+    """The validated config of a parsed `config_flag`.
+
+    Raises:
+      UserError: the flag is missing, the file cannot be read, a value is not allowed.
+    """
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing: allowed is a file such as configs/quickstart.py")
+    path = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    try:
+        # A file that cannot be read raises here, at the first use.
+        values = flag.value.to_dict()
+    except OSError as error:
+        reason = "no such file" if "No such file" in str(error) else str(error).strip().splitlines()[-1]
+        raise UserError(f"--{flag.name} = {path}: {reason}") from error
+    return configs.parse(values)
+
+
+def _parse_error(error: Exception, argv: list[str]) -> str:
+    """One line for what absl or config_flags raised while they parsed flags."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (KeyError, AttributeError)):
+        # config_flags tells the last part of the name only: 'stepz' Did you mean "steps" instead of "stepz"?
+        found = re.search(r"'(\w+)'", text)
+        name = found.group(1) if found else ""
+        flag = next((a for a in argv if re.match(rf"--?\w+(\.\w+)*\.{name}\b", a)), None)
+        if flag is not None:
+            hint = re.search(r'Did you mean "(\w+)"', text)
+            flag = flag.lstrip("-").split("=")[0]
+            return f"{flag}: no such field" + (f"; did you mean {hint.group(1)}?" if hint else "")
+    illegal = re.match(r"flag --(\S+?)=(.*?): (.*)", text)
+    if illegal:
+        return f"{illegal.group(1)} = {illegal.group(2)!r}: not allowed here ({illegal.group(3)})"
+    if isinstance(error, flags.Error):
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # a config file is Python: parsing it raises anything
+        _fail(_parse_error(error, argv), 2)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: allowed are flags, --name=value", 2)
+    return rest
+
+
+def _quiet() -> None:
+    """Keeps the information messages of libraries off the console."""
+    logging.set_verbosity(logging.WARNING)
+    for name in ("jax", "orbax", "grain"):
+        python_logging.getLogger(name).setLevel(python_logging.WARNING)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs ``main`` and exits; `UserError` becomes ``error: ...`` and status 2."""
+
+    def guarded(argv) -> None:
+        del argv
+        _quiet()
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error), 2)
+        except loop.NonFiniteLoss as error:
+            _fail(str(error), 3)
+        except loop.Interrupted as error:
+            print(str(error), flush=True)
+            sys.exit(128 + error.signum)
+
+    app.run(guarded, flags_parser=_parse)

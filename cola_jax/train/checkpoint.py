@@ -1,0 +1,307 @@
+"""Checkpoints that are verified when read: parameters, optimizer, data position and config of one step together.
+
+A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, reference) and
+"meta" (config, data position, data fingerprint, a hash of every array, a checksum of itself). Orbax writes it under
+a temporary name and renames it, so a process killed at any time leaves the earlier steps as they were. Orbax has
+no checksums over arrays: one flipped bit would load silently. Hence the hashes.
+"""
+
+import gc
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from cola_jax import config as configs
+from cola_jax.train.state import TrainState
+from cola_jax.types import Params, PyTree, UserError
+
+_ARRAY_ITEMS = ("params", "ema", "training")
+
+
+class Loaded(NamedTuple):
+    """What the binaries that sample and evaluate need of a run."""
+
+    config: configs.Config
+    variables: Params  # the moving average where there is one
+    tokenizer_path: Path
+    step: int
+
+
+def _flat(tree: PyTree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _items(state: TrainState) -> dict[str, dict]:
+    """The arrays of a state (or of its abstract form), by item and name."""
+    training = {"step": state.step, "opt_state": state.opt_state, "reference": state.reference}
+    items = {"params": _flat(state.params["params"]), "training": _flat(training)}
+    return items if state.ema is None else {**items, "ema": _flat(state.ema)}
+
+
+def _array_hash(x: jax.Array) -> jax.Array:
+    """``sum_i w_i x_i`` over the bits of the elements, modulo 2^32, with odd pseudo-random weights w_i.
+
+    Integer sums do not depend on order, so every mesh and number of processes gives the same value; odd weights
+    make the change of any one bit visible.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    mixed = index * jnp.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+    return jnp.sum(bits * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _hash_all(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_array_hash(x) for x in arrays])
+
+
+def _hashes(items: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
+    names = [(item, name) for item, arrays in items.items() for name in arrays]
+    values = np.asarray(_hash_all([items[item][name] for item, name in names]))
+    found = {item: {} for item in items}
+    for (item, name), value in zip(names, values, strict=True):
+        found[item][name] = int(value)
+    return found
+
+
+def _checksum(body: dict) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def step_directories(directory: Path) -> list[int]:
+    """The steps saved under a stage's directory, newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _newest_valid(directory: Path, read: Callable[[Path], PyTree], report: Callable[[str], None]):
+    """``(step, read(path of the step))`` of the newest step that can be read, or None; reports the others."""
+    hook = sys.unraisablehook
+    # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
+    sys.unraisablehook = lambda _: None
+    try:
+        for step in step_directories(directory):
+            try:
+                return step, read(directory / str(step))
+            except UserError:
+                raise
+            except Exception as error:  # a damaged file raises whatever its reader raises
+                failure = _one_line(error)
+            gc.collect()
+            report(f"checkpoint {directory / str(step)} is damaged and not used: {failure}")
+        return None
+    finally:
+        sys.unraisablehook = hook
+
+
+def _read_meta(path: Path) -> dict:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(path / "meta")
+    if _checksum(meta["body"]) != meta["checksum"]:
+        raise ValueError("its description does not match its checksum")
+    return meta["body"]
+
+
+def _read_arrays(path: Path, item: str, target: dict[str, jax.ShapeDtypeStruct], hashes: dict) -> dict:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore(path / item, args=ocp.args.StandardRestore(target))
+    for name, value in _hashes({item: arrays})[item].items():
+        if value != hashes[name]:
+            raise ValueError(f"{item} {name} does not match its hash")
+    return arrays
+
+
+def _check_shapes(path: Path, items: dict[str, dict[str, jax.ShapeDtypeStruct]], saved: dict) -> None:
+    """Raises UserError that names the first array whose name, shape or type is not the model's."""
+    if set(items) != set(saved):
+        raise UserError(f"checkpoint {path}: holds {sorted(saved)}, this run needs {sorted(items)}")
+    for item, arrays in items.items():
+        for name in sorted(set(arrays) | set(saved[item])):
+            needs = [list(arrays[name].shape), str(arrays[name].dtype)] if name in arrays else None
+            holds = saved[item].get(name)
+            if needs != holds:
+                raise UserError(f"checkpoint {path}: {item} {name} is {holds}, this run needs {needs}")
+
+
+class Checkpoints:
+    """The checkpoints of one stage: saved in the background, verified when restored, the newest ``keep`` kept."""
+
+    def __init__(self, directory: Path, keep: int, report: Callable[[str], None] = print):
+        self.directory = Path(directory).absolute()
+        self._report = report
+        self.directory.mkdir(parents=True, exist_ok=True)
+        handlers = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(keep),
+                # What a killed process left half written; finished steps have no temporary name.
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, *, config: configs.Config, fingerprint: dict, data: str) -> None:
+        """Begins to save a step; the state may be donated as soon as this returns.
+
+        Args:
+          step: updates done.
+          state: the state after them.
+          config: of the run.
+          fingerprint: of the data (`pipeline.fingerprint`).
+          data: the position in the data, as JSON; the same for all processes.
+
+        Raises:
+          UserError: this or the previous save failed (the disk is full, for example).
+        """
+        items = _items(state)
+        body = {
+            "config": configs.to_dict(config),
+            "fingerprint": fingerprint,
+            "data": data,
+            "hashes": _hashes(items),
+            "arrays": {k: {n: [list(x.shape), str(x.dtype)] for n, x in v.items()} for k, v in items.items()},
+        }
+        body = json.loads(json.dumps(body))  # what will be read back: tuples are lists
+        arguments = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
+        meta = ocp.args.JsonSave({"body": body, "checksum": _checksum(body)})
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=meta), force=True)
+        except Exception as error:
+            raise UserError(f"checkpoint {self.directory / str(step)}: not saved: {_one_line(error)}") from error
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; raises UserError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise UserError(f"checkpoint {self.directory}: not saved: {_one_line(error)}") from error
+
+    def close(self) -> None:
+        """Waits and frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the scheduler of a run of several processes asked for a last checkpoint at this step."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def restore(self, target: TrainState) -> tuple[int, TrainState, dict] | None:
+        """The newest step that passes verification; None if nothing was ever saved.
+
+        A step that fails is reported in one line; it and what is newer than the restored step are moved to
+        ``rejected/``, since the run will save those steps again.
+
+        Args:
+          target: the state as abstract arrays with shardings (`state.abstract`), of any mesh.
+
+        Returns:
+          The step, the state, and the meta item: config, fingerprint, data.
+
+        Raises:
+          UserError: arrays differ from the target's in name, shape or type, or no step passes.
+        """
+        items = _items(target)
+
+        def read(path: Path) -> tuple[dict, dict]:
+            body = _read_meta(path)
+            _check_shapes(path, items, body["arrays"])
+            return body, {k: _read_arrays(path, k, v, body["hashes"][k]) for k, v in items.items()}
+
+        steps = step_directories(self.directory)
+        found = _newest_valid(self.directory, read, self._report)
+        if found is None:
+            if steps:
+                raise UserError(f"checkpoint {self.directory}: none of the steps {steps} can be read; move them away")
+            return None
+        step, (body, arrays) = found
+        self._set_aside([other for other in steps if other > step])
+        return step, _rebuild(target, arrays), body
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        rejected = self.directory / "rejected"
+        if jax.process_index() == 0:
+            rejected.mkdir(exist_ok=True)
+            for step in steps:
+                names = (f"{step}-{number}" for number in range(1, 10**6))
+                place = next(rejected / name for name in names if not (rejected / name).exists())
+                (self.directory / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("rejected checkpoints")
+        self._manager.reload()
+
+
+def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> TrainState:
+    def fill(tree, values, prefix=""):
+        names = [prefix + name for name in _flat(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
+
+    training = arrays["training"]
+    return TrainState(
+        step=training["step"],
+        params={"params": fill(target.params["params"], arrays["params"])},
+        opt_state=fill(target.opt_state, training, "opt_state/"),
+        ema=None if target.ema is None else fill(target.ema, arrays["ema"]),
+        reference=None if target.reference is None else fill(target.reference, training, "reference/"),
+        finite=jax.device_put(jnp.ones((), bool), target.finite.sharding),
+    )
+
+
+def load_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
+    """The newest valid parameters of a run, on the first device.
+
+    Args:
+      path: a run's directory (then its stage 2 is read) or one stage's directory inside it.
+      report: told about steps that are damaged and passed over.
+
+    Raises:
+      UserError: there is no checkpoint, or none that passes verification.
+    """
+    path = Path(path).absolute()
+    directory = path if step_directories(path) else path / "stage2"
+    steps = step_directories(directory)
+    if not steps:
+        raise UserError(f"{path}: no checkpoint here; allowed is the directory of a run with stage2/<step>")
+    home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def read(place: Path) -> tuple[dict, dict]:
+        body, params = _read_meta(place), {}
+        for item in ("params", "ema"):
+            shapes = body["arrays"].get(item, {})
+            target = {n: jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=home) for n, (s, d) in shapes.items()}
+            params.update(_read_arrays(place, item, target, body["hashes"][item]) if target else {})
+        return body, params
+
+    found = _newest_valid(directory, read, report)
+    if found is None:
+        raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
+    step, (body, params) = found
+    variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+    return Loaded(configs.parse(body["config"]), variables, directory.parent / "tokenizer.model", step)

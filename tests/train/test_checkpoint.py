@@ -1,0 +1,183 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_model
+from test_step import OPTIMIZER, build, same_bits
+
+from cola_jax.config import TrainConfig
+from cola_jax.train import checkpoint as checkpoints
+from cola_jax.train.state import evaluation_params
+from cola_jax.types import UserError
+
+WITH_EMA = dataclasses.replace(OPTIMIZER, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return build(2, optimizer=WITH_EMA)
+
+
+def at(state, step):
+    """Another state of the same shapes for each step."""
+    moved = jax.tree.map(lambda x: x + step if x.dtype == jnp.float32 else jnp.copy(x), state)
+    return moved.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def save(manager, state, *steps):
+    for step in steps:
+        data = f'{{"position": {step}}}'
+        manager.save(step, at(state, step), config=toy_model.config(), fingerprint={"files": ["a"]}, data=data)
+    manager.wait()
+
+
+def files(directory, item):
+    return sorted(path for path in (directory / item).rglob("*") if path.is_file())
+
+
+def test_round_trip_and_keep(toy, tmp_path):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=2)
+    assert manager.restore(target) is None
+    save(manager, state, 1, 2, 3)
+    manager.close()
+    assert checkpoints.step_directories(tmp_path) == [3, 2]
+    manager = checkpoints.Checkpoints(tmp_path, keep=2)
+    step, restored, body = manager.restore(target)
+    assert step == 3 and int(restored.step) == 3
+    assert same_bits(restored, at(state, 3))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert body["data"] == '{"position": 3}' and body["fingerprint"] == {"files": ["a"]}
+    manager.close()
+
+
+def test_the_state_may_be_donated_after_save(toy, tmp_path):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=2)
+    change = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    copy = at(state, 1)
+    expected = jax.tree.map(np.array, copy)
+    manager.save(1, copy, config=toy_model.config(), fingerprint={}, data="{}")
+    change(copy)
+    manager.close()
+    _, restored, _ = checkpoints.Checkpoints(tmp_path, keep=2).restore(target)
+    assert same_bits(restored, expected)
+
+
+@pytest.mark.parametrize("item", ["params", "training", "ema", "meta"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_newest_step_is_passed_over(toy, tmp_path, item, damage):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, state, 1, 2)
+    manager.close()
+    # The largest file of those that hold array data (Orbax's own descriptions hold parts that nobody reads).
+    found = [path for path in files(tmp_path / "2", item) if item == "meta" or path.parent.name == "d"]
+    victim = max(found, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 4
+        victim.write_bytes(bytes(content))
+    elif damage == "truncate":
+        victim.write_bytes(bytes(content[: len(content) // 2]))
+    else:
+        victim.unlink()
+    said = []
+    manager = checkpoints.Checkpoints(tmp_path, keep=3, report=said.append)
+    step, restored, _ = manager.restore(target)
+    assert step == 1 and same_bits(restored, at(state, 1))
+    assert len(said) == 1 and str(tmp_path / "2") in said[0] and "\n" not in said[0]
+    assert (tmp_path / "rejected" / "2-1").is_dir()
+    save(manager, state, 2)  # the run comes by here again
+    assert manager.restore(target)[0] == 2
+    manager.close()
+
+
+def test_every_flipped_bit_is_seen():
+    arrays = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)}
+    (before,) = checkpoints._hashes({"x": arrays})["x"].values()
+    raw = np.array(arrays["a"])
+    for bit in range(0, raw.size * 32, 7):
+        changed = raw.copy()
+        changed.view(np.uint32).reshape(-1)[bit // 32] ^= np.uint32(1 << (bit % 32))
+        assert checkpoints._hashes({"x": {"a": jnp.asarray(changed)}})["x"]["a"] != before
+    swapped = raw[::-1].copy()
+    assert checkpoints._hashes({"x": {"a": jnp.asarray(swapped)}})["x"]["a"] != before
+
+
+def test_nothing_readable(toy, tmp_path):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3, report=lambda line: None)
+    save(manager, state, 1)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with pytest.raises(UserError, match="none of the steps"):
+        manager.restore(target)
+    assert (tmp_path / "1").is_dir()
+    manager.close()
+
+
+def test_half_written_step_is_ignored(toy, tmp_path):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, state, 1)
+    manager.close()
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    assert manager.restore(target)[0] == 1
+    save(manager, state, 2)
+    assert manager.restore(target)[0] == 2
+    manager.close()
+
+
+def test_other_shape_or_type_is_an_error(toy, tmp_path):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, state, 1)
+    wide = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], 99), x.dtype, sharding=x.sharding) if x.ndim == 3 else x, target
+    )
+    with pytest.raises(UserError, match=r"layers/kernel.* is \[\[2, 16, 32\], 'float32'\], .* 99"):
+        manager.restore(wide)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), target)
+    with pytest.raises(UserError, match="bfloat16"):
+        manager.restore(half)
+    with pytest.raises(UserError, match="ema"):
+        manager.restore(target.replace(ema=None))
+    manager.close()
+
+
+def test_restore_on_another_mesh(toy, tmp_path):
+    state, _, _, _ = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, state, 1)
+    train = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    target = build(2, optimizer=WITH_EMA, train=train)[3]
+    _, restored, _ = manager.restore(target)
+    assert same_bits(restored, at(state, 1))
+    kernel = restored.params["params"]["dit"]["layers"]["kernel"]
+    assert kernel.sharding == target.params["params"]["dit"]["layers"]["kernel"].sharding
+    manager.close()
+
+
+def test_load_params(toy, tmp_path):
+    state = toy[0]
+    manager = checkpoints.Checkpoints(tmp_path / "stage2", keep=3)
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.load_params(tmp_path)
+    save(manager, state, 1, 2)
+    manager.close()
+    for path in (tmp_path, tmp_path / "stage2"):
+        loaded = checkpoints.load_params(path)
+        assert loaded.step == 2 and loaded.config == toy_model.config()
+        assert loaded.tokenizer_path == tmp_path / "tokenizer.model"
+        expected = evaluation_params(at(state, 2))
+        assert same_bits(loaded.variables, expected)
+        assert jax.tree.structure(loaded.variables) == jax.tree.structure(expected)
+    data = [path for path in files(tmp_path / "stage2" / "2", "ema") if path.parent.name == "d"]
+    victim = max(data, key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-20])
+    said = []
+    assert checkpoints.load_params(tmp_path, said.append).step == 1 and len(said) == 1
