@@ -61,7 +61,7 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _report_replicated(name: str, size: int, axis: str, axis_size: int) -> None:
     logging.getLogger(__name__).warning(
         "parameter axis %r of size %d is replicated: mesh axis %r of %d does not divide it", name, size, axis, axis_size

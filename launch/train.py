@@ -5,13 +5,19 @@
 The same command goes on with a run that was stopped. Everything is kept in --workdir.
 """
 
+import functools
+import json
+import time
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from cola_jax import cli, rng, sampling
+from cola_jax.evaluation import stories, trained
 from cola_jax.train import loop
+
+say = functools.partial(print, flush=True)
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: runs/<name of the config>")
@@ -19,15 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: 
 
 def make_sampler(parts: loop.Parts) -> loop.Sampler:
     """Generates stories from nothing, as `config.sample` says."""
-    config = parts.config
-    settings = sampling.Settings(
-        steps=config.sample.steps,
-        guidance_scale=config.sample.guidance_scale,
-        max_new_tokens=config.sample.max_new_tokens,
-        temperature=config.sample.temperature,
-        repetition_penalty=config.sample.repetition_penalty,
-        eos_id=parts.tokenizer.eos_id,
-    )
+    config, settings = parts.config, trained.settings(parts.config, parts.tokenizer)
 
     def sample(stage, step, variables):
         del stage
@@ -45,8 +43,16 @@ def main() -> None:
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
     loop.claim_workdir(config, workdir)
     parts = loop.build(config, workdir)
+    started = time.monotonic()
     loop.train(config, workdir, parts, make_sampler(parts))
+    say(f"training took {time.monotonic() - started:.0f} s")
+    if config.data.corpus == "stories" and config.sample.report_stories and config.stage2.steps:
+        run = trained.load(str(workdir))
+        settings = trained.settings(config, run.tokenizer)
+        report = stories.report(run, settings, config.sample.report_stories, config.seed, say)
+        (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        say(f"checkpoints, metrics and report.json are in {workdir}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, huge_pages=True)

@@ -1,6 +1,9 @@
 """How well a model has learnt the embedded corpus: reconstruction, and the stories that it generates."""
 
+import dataclasses
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,6 +11,8 @@ import jax
 import numpy as np
 
 from cola_jax import rng, sampling
+from cola_jax.config import DataConfig
+from cola_jax.data import corpora, pipeline
 from cola_jax.data.stories import Stories
 from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.models.cola import ColaDLM
@@ -38,6 +43,28 @@ class Proportion(NamedTuple):
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.mean:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+class Variant(NamedTuple):
+    """One way to generate stories: from nothing, or after the first sentences of held-out stories."""
+
+    settings: sampling.Settings
+    prompted: bool = False
+
+    def as_dict(self) -> dict:
+        """JSON-able."""
+        return {
+            "prior": self.settings.prior,
+            "guidance_scale": self.settings.guidance_scale,
+            "steps": self.settings.steps,
+            "prompted": self.prompted,
+        }
+
+    def __str__(self) -> str:
+        if self.settings.prior == "normal":
+            return "latents from N(0, I)"
+        what = "after a first sentence" if self.prompted else "from nothing"
+        return f"{what}, guidance {self.settings.guidance_scale:g}, {self.settings.steps} steps"
 
 
 class Scores(NamedTuple):
@@ -99,29 +126,17 @@ def write(
     settings: sampling.Settings,
     seed: int,
     batch_size: int = 128,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Prompts with their continuations; an empty prompt gives a story from nothing.
 
     Args:
       seed: of the noise, stream "sample"; story i depends on (seed, i) alone.
       batch_size: prompts generated at a time.
-      progress: called with (written, of how many) after each batch.
     """
-    texts: list[str] = []
-    ids = [tokenizer.encode(p) if p else [] for p in prompts]
-    for start in range(0, len(ids), batch_size):
-        chunk = ids[start : start + batch_size]
-        # The last batch is filled up, so that it does not need a program of its own.
-        filled = chunk + [chunk[-1]] * (min(batch_size, len(ids)) - len(chunk))
-        numbers = range(start, start + len(filled))
-        out = sampling.generate(model, params, filled, settings, rng.key(seed, "sample"), sample_ids=numbers)
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        for row, prompt in enumerate(chunk):
-            texts.append(tokenizer.decode([*prompt, *tokens[row, : lengths[row]].tolist()]))
-        if progress:
-            progress(len(texts), len(ids))
-    return texts
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    key = rng.key(seed, "sample")
+    new = sampling.generate_batches(model, params, ids, settings, key, batch_size)
+    return [tokenizer.decode([*ids[index], *tokens]) for index, tokens in new]
 
 
 def score(stories: Stories, texts: Sequence[str]) -> Scores:
@@ -133,3 +148,56 @@ def score(stories: Stories, texts: Sequence[str]) -> Scores:
     return Scores(
         Proportion(sum(sentences), len(sentences)), Proportion(len(coherent), len(parses)), len(factors)
     )
+
+
+def held_out_prompts(config: DataConfig, seed: int, count: int) -> list[str]:
+    """First sentences of held-out stories."""
+    stories, texts = Stories(config.stories), corpora.documents(config, "holdout", seed)
+    return [stories.first_sentence(texts[index % len(texts)]) for index in range(count)]
+
+
+def table(trained, count: int, seed: int, variants: Sequence[Variant], say: Callable[[str], None]) -> list[dict]:
+    """Generates ``count`` stories in each way, says a line for each, and returns the rows.
+
+    Args:
+      trained: model, params, tokenizer and config (`trained.Trained`).
+      count: stories a row.
+      seed: of the noise and of the held-out prompts.
+      variants: ways to generate.
+      say: prints a line.
+    """
+    stories, rows = Stories(trained.config.data.stories), []
+    for index, variant in enumerate(variants):
+        prompts = held_out_prompts(trained.config.data, seed, count) if variant.prompted else [""] * count
+        start = time.monotonic()
+        texts = write(trained.model, trained.params, trained.tokenizer, prompts, variant.settings, seed)
+        scores, seconds = score(stories, texts), time.monotonic() - start
+        rows.append({**variant.as_dict(), **scores.as_dict(), "seed": seed, "examples": texts[:4]})
+        say(
+            f"[{index + 1}/{len(variants)}] {variant}: valid sentences {scores.valid}, coherent stories "
+            f"{scores.coherent}, distinct factors {scores.factors} ({count} stories, {seconds:.0f} s)"
+        )
+    return rows
+
+
+def report(trained, settings: sampling.Settings, count: int, seed: int, say: Callable[[str], None]) -> dict:
+    """The closing report of a run: held-out reconstruction, and stories from the prior, from noise, after prompts."""
+    data = trained.config.data
+    batches = pipeline.create(data, trained.tokenizer, "holdout", seed)
+    enough = itertools.islice(batches, -(-count // data.batch_size))
+    accuracy = reconstruction(trained.model, trained.params, enough, seed)
+    say(f"held-out reconstruction accuracy {accuracy} of {accuracy.total} tokens")
+    noise = dataclasses.replace(settings, prior="normal")
+    variants = [Variant(settings), Variant(noise), Variant(fitted(settings, trained, seed, count), prompted=True)]
+    rows = table(trained, count, seed, variants, say)
+    for text in rows[0]["examples"]:
+        say(f"  story: {text}")
+    return {"reconstruction": accuracy.mean, "reconstruction_interval": accuracy.interval, "generation": rows}
+
+
+def fitted(settings: sampling.Settings, trained, seed: int, count: int) -> sampling.Settings:
+    """``settings`` with the budget that the longest prompt leaves of the context."""
+    prompts = held_out_prompts(trained.config.data, seed, count)
+    longest = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts)
+    room = trained.config.data.sequence_length - longest
+    return dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))

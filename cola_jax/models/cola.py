@@ -21,7 +21,7 @@ class ColaDLM(nn.Module):
 
     vae_config: VAEConfig
     dit_config: DiTConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
         self.vae = TextVAE(self.vae_config, self.dtype)

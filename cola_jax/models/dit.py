@@ -108,7 +108,7 @@ class BlockCausalDiT(nn.Module):
     """Velocity field of the latent flow, factorised over blocks (3.3, 3.7)."""
 
     config: DiTConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
         config, dtype = self.config, self.dtype

@@ -134,7 +134,7 @@ class TextVAE(nn.Module):
     """Encoder and decoder. Latents go to `decode` normalised as ``(z - shift) * scale``."""
 
     config: VAEConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
         self.encoder = Encoder(self.config, self.dtype)

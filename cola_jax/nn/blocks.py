@@ -24,7 +24,7 @@ class Linear(nn.Module):
     names: Sequence[str | None]
     use_bias: bool = True
     zero: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -25,11 +25,12 @@ def apply_rope(
     dtype, pairs = x.dtype, angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     rotated, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
-    shape = (pairs, 2) if interleaved else (2, pairs)
-    axis = -1 if interleaved else -2
-    split = rotated.reshape(*x.shape[:-1], *shape)
-    first, second = jnp.take(split, 0, axis=axis), jnp.take(split, 1, axis=axis)
-    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
+    if interleaved:
+        split = rotated.reshape(*x.shape[:-1], pairs, 2)
+        first, second = split[..., 0], split[..., 1]
+    else:
+        first, second = rotated[..., :pairs], rotated[..., pairs:]
+    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1 if interleaved else -2)
     return jnp.concatenate([turned.reshape(rotated.shape).astype(dtype), rest], axis=-1)
 
 

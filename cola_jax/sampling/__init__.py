@@ -1,5 +1,5 @@
-"""Generation of text: `Settings`, `generate`."""
+"""Generation of text: `Settings`, `generate`, `generate_batches`."""
 
-from cola_jax.sampling.generate import Generation, Settings, generate
+from cola_jax.sampling.generate import Generation, Settings, generate, generate_batches
 
-__all__ = ["Generation", "Settings", "generate"]
+__all__ = ["Generation", "Settings", "generate", "generate_batches"]

@@ -8,7 +8,7 @@ conditioning). Every sequence keeps its own position, so that a batch may mix pr
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -139,10 +139,38 @@ def generate(
     return _generate(model, settings, blocks, params, packed, keys, noise)
 
 
-def _pack(model: ColaDLM, prompts: Sequence[Sequence[int]], settings: Settings) -> _Prompts:
-    """Prompts padded to a common number of blocks, a power of two so that few programs are compiled."""
-    patch, block = model.vae_config.patch_size, model.dit_config.block_size
-    per_block, vocabulary = patch * block, model.vae_config.vocab_size
+def generate_batches(
+    model: ColaDLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    key: Key,
+    batch_size: int = 64,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continuations of any number of prompts, as they come: (index of the prompt, its new tokens).
+
+    All prompts are checked before the first is generated.
+
+    Args:
+      batch_size: prompts generated at a time; it does not change the result.
+    """
+    settings.validate()
+    if batch_size < 1:
+        raise UserError(f"sampling batch_size = {batch_size}: allowed is at least 1")
+    _check_prompts(model, prompts, settings)
+    size = min(batch_size, len(prompts))
+    for start in range(0, len(prompts), size):
+        chunk = list(prompts[start : start + size])
+        # The last batch is filled up, so that it does not need a program of its own.
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        out = generate(model, params, filled, settings, key, sample_ids=range(start, start + size))
+        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+        for row in range(len(chunk)):
+            yield start + row, tokens[row, : lengths[row]].tolist()
+
+
+def _check_prompts(model: ColaDLM, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
+    patch, vocabulary = model.vae_config.patch_size, model.vae_config.vocab_size
     if not len(prompts):
         raise UserError("prompts: none given; at least one is needed")
     for index, prompt in enumerate(prompts):
@@ -155,6 +183,13 @@ def _pack(model: ColaDLM, prompts: Sequence[Sequence[int]], settings: Settings) 
             )
         if len(prompt) and not (0 <= min(prompt) and max(prompt) < vocabulary):
             raise UserError(f"prompt {index} has a token outside the vocabulary of {vocabulary}")
+
+
+def _pack(model: ColaDLM, prompts: Sequence[Sequence[int]], settings: Settings) -> _Prompts:
+    """Prompts padded to a common number of blocks, a power of two so that few programs are compiled."""
+    patch, block = model.vae_config.patch_size, model.dit_config.block_size
+    per_block = patch * block
+    _check_prompts(model, prompts, settings)
     lengths = np.array([len(p) for p in prompts])
     needed = -(-max(int(lengths.max()), 1) // per_block)
     width = per_block * 2 ** (needed - 1).bit_length()

@@ -35,6 +35,7 @@ class Loaded(NamedTuple):
     config: configs.Config
     variables: Params  # the moving average where there is one
     tokenizer_path: Path
+    tokenizer: str  # its name and hash, from the data fingerprint
     step: int
 
 
@@ -304,4 +305,5 @@ def load_params(path: str | Path, report: Callable[[str], None] = print) -> Load
         raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
     step, (body, params) = found
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-    return Loaded(configs.parse(body["config"]), variables, directory.parent / "tokenizer.model", step)
+    config, tokenizer = configs.parse(body["config"]), body["fingerprint"].get("tokenizer", "")
+    return Loaded(config, variables, directory.parent / "tokenizer.model", tokenizer, step)

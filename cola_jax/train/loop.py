@@ -187,9 +187,7 @@ class _Stage:
         )
         self._target = states.abstract(self._make, mesh)
         self._seed = data_seed(self._config.seed, stage)
-        self._checkpoints = checkpoints.Checkpoints(
-            workdir / f"stage{stage}", self._config.train.keep_checkpoints, say
-        )
+        self._checkpoints = checkpoints.Checkpoints(workdir / f"stage{stage}", self._config.train.keep_checkpoints, say)
         self.step = 0
         self.state: states.TrainState | None = None
         self._position: str | None = None  # in the data, as JSON
@@ -360,7 +358,7 @@ def train(
     workdir: str | Path,
     parts: Parts | None = None,
     sampler: Sampler | None = None,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] | None = None,
 ) -> states.TrainState:
     """Runs both stages, or what is left of them.
 
@@ -369,7 +367,7 @@ def train(
       workdir: where everything is kept; made if it does not exist.
       parts: what to train; None for the model and data of the config (`build`).
       sampler: generates texts in stage 2, every ``train.sample_every`` steps and at the end.
-      say: prints a line.
+      say: prints a line; None for the console.
 
     Returns:
       The final state of the last stage.
@@ -381,6 +379,7 @@ def train(
     """
     workdir = Path(workdir).absolute()
     claim_workdir(config, workdir)
+    say = say or functools.partial(print, flush=True)
     if jax.process_index():
         say = _silent
     with _Signals() as stop, contextlib.ExitStack() as opened:

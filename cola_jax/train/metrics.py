@@ -14,7 +14,7 @@ import tensorboardX
 
 from cola_jax.config import Config
 
-_HIDDEN = ("finite", "learning_rate", "latent_signal", "latent_noise", "grad_norm")  # not on the console line
+_HIDDEN = ("learning_rate", "latent_signal", "latent_noise", "grad_norm")  # not on the console line
 
 
 def _vae_flops(config: Config) -> tuple[float, float, float]:
@@ -89,6 +89,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _loss_first(values: dict[str, float]) -> dict[str, float]:
+    """Without the guard's flag, which is 1 in everything that is reported."""
+    rest = {name: value for name, value in values.items() if name not in ("loss", "finite")}
+    return {"loss": values["loss"], **rest}
 
 
 def _rate(value: float) -> str:
@@ -176,13 +182,18 @@ class Writer:
         """Metrics of one training step; ``lap`` from `Clock.lap`, None where time means nothing (compilation)."""
         if not self._active:
             return
+        values = _loss_first(values)
         self._append("metrics", step, kind="train", **values)
         self._scalars(step, "train", values)
         shown = [f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name)]
         if lap is not None and lap[0] > 0 and lap[2]:
             seconds, tokens, steps = lap
             rate, left = tokens / seconds, (self._total - step) * seconds / steps
-            timing = {"tokens_per_second": rate, "flops_per_second": rate * self._flops, "step_seconds": seconds / steps}
+            timing = {
+                "tokens_per_second": rate,
+                "flops_per_second": rate * self._flops,
+                "step_seconds": seconds / steps,
+            }
             self._append("timing", step, **timing, time=time.time())
             self._scalars(step, "timing", timing)
             shown += [f"{_rate(rate)} tokens/s", f"{_rate(rate * self._flops)}FLOP/s", f"ETA {_duration(left)}"]
@@ -197,6 +208,7 @@ class Writer:
         """Metrics over held-out data."""
         if not self._active:
             return
+        values = _loss_first(values)
         self._append("metrics", step, kind="holdout", **values)
         self._scalars(step, "holdout", values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name))

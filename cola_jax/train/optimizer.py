@@ -44,7 +44,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def is_decayed(path, leaf: jax.Array) -> bool:
+def is_decayed(path, leaf) -> bool:
     """Whether weight decay applies.
 
     By name, because `nn.scan` stacks biases and norm scales into arrays that look like matrices.

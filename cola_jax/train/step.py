@@ -124,7 +124,7 @@ def make_train_step(
         loss, means, gradients = _loss_and_gradients(
             terms, active, frozen, batch, keys, state.reference, config.accumulation
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, active)
         active = optax.apply_updates(active, updates)
@@ -136,8 +136,8 @@ def make_train_step(
             "loss": loss,
             **add_derived(means),
             "grad_norm": norm,
-            "update_norm": optax.global_norm(updates),
-            **{f"update_norm/{name}": optax.global_norm(update) for name, update in updates.items()},
+            "update_norm": optax.tree.norm(updates),
+            **{f"update_norm/{name}": optax.tree.norm(update) for name, update in updates.items()},
             "learning_rate": rate(state.step),
             "finite": finite,
         }
@@ -166,9 +166,7 @@ def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int):
         keys = rng.key(seed, "evaluate", index, sample=jnp.arange(batch["tokens"].shape[0]))
         with sharding.activate(mesh):
             found = terms(params, batch, keys, reference)
-        return {
-            name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()
-        }
+        return {name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 

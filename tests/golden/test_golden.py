@@ -1,4 +1,4 @@
-"""Numbers of the released implementation, run once in float32 with random weights (`README of the goldens`)."""
+"""Numbers of the released implementation, run once in float32 with random weights and noise."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import apply, assert_close
+from models.tiny_models import apply, assert_close, quickly
 
 from cola_jax import release, sampling
 
@@ -73,9 +73,14 @@ def test_generation(name):
         pad_id=released["pad_token_id"],
     )
     prompts = [[int(token) for token in row if token >= 0] for row in arrays["gen_prompts"]]
-    out = sampling.generate(model, params, prompts, settings, noise=jnp.asarray(arrays["gen_noise"]))
+    out = quickly(sampling.generate, model, params, prompts, settings, noise=jnp.asarray(arrays["gen_noise"]))
     block, patch = model.dit_config.block_size, model.vae_config.patch_size
-    compared = 0
+    compared, tail = 0, [len(prompt) % (block * patch) for prompt in prompts]
+    # The budget, or what the noise is enough for; padding behind it.
+    room = out.latents.shape[1] * block * patch
+    np.testing.assert_array_equal(out.lengths, [min(settings.max_new_tokens, room - t) for t in tail])
+    for index, length in enumerate(out.lengths):
+        np.testing.assert_array_equal(out.tokens[index, length:], settings.pad_id)
     for index, prompt in enumerate(prompts):
         first = len(prompt) // (block * patch) * block
         blocks = max(0, (12 - first) // block)

@@ -64,21 +64,30 @@ def apply(model, params, *args, method: str, **kwargs):
     return model.apply(params, *args, method=method, **kwargs)
 
 
-def jit(function):
+def jit(function, **options):
     """`jax.jit` that compiles fast."""
-    return jax.jit(function, compiler_options=QUICK)
+    return jax.jit(function, compiler_options=QUICK, **options)
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+def quickly(function, *args, **kwargs):
+    """Calls a function whose own `jax.jit` then compiles fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
-def uniform(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(0.1, 0.9, shape).astype(np.float32)
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
+def uniform(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).uniform(0.1, 0.9, shape).astype(np.float32))
+
+
+def tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32))
 
 
 def assert_close(actual, expected, relative: float):

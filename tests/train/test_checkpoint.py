@@ -178,6 +178,6 @@ def test_load_params(toy, tmp_path):
         assert jax.tree.structure(loaded.variables) == jax.tree.structure(expected)
     data = [path for path in files(tmp_path / "stage2" / "2", "ema") if path.parent.name == "d"]
     victim = max(data, key=lambda path: path.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-20])
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     said = []
     assert checkpoints.load_params(tmp_path, said.append).step == 1 and len(said) == 1

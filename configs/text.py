@@ -1,0 +1,46 @@
+"""Any UTF-8 text: a small Cola DLM trained from scratch in minutes on a CPU, jointly in stage 2 as in the paper.
+
+    python launch/train.py --config=configs/text.py --config.data.files=corpus.txt --workdir=runs/corpus
+
+TODO results
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.update(
+        corpus="text",
+        files="corpus.txt",
+        document_separator="\n\n",
+        vocab_size=1024,
+        sequence_length=128,
+        packing="concat",
+        batch_size=16,
+        holdout=0.05,
+    )
+    config.vae.update(
+        dim=128, ffn_dim=512, num_heads=4, encoder_layers=2, decoder_layers=2, latent_dim=16, block_size=16
+    )
+    config.dit.update(
+        latent_dim=16,
+        block_size=16,
+        dim=192,
+        num_heads=6,
+        head_dim=32,
+        num_layers=4,
+        time_dim=128,
+        rope_dim=32,
+        block_position=True,
+        no_history_vector=True,
+    )
+    config.stage1.update(steps=600, kl_weight=1e-3, mask_weight=0.1)
+    config.stage2.update(
+        steps=800, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
+    )
+    config.optimizer1.update(learning_rate=2e-3, warmup_steps=50)
+    config.optimizer2.update(learning_rate=3e-3, warmup_steps=50, ema=0.99)
+    config.train.update(log_every=50, eval_every=200, checkpoint_every=200, sample_every=0, num_samples=3)
+    config.sample.update(steps=16, guidance_scale=3.0, max_new_tokens=64)
+    return config

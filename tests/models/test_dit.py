@@ -1,0 +1,227 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.tiny_models import (
+    BLOCK,
+    apply,
+    assert_close,
+    assert_trees_close,
+    create,
+    dit_config,
+    jit,
+    normal,
+    uniform,
+    vae_config,
+)
+
+from cola_jax.models import cola
+
+LENGTH, BLOCKS = 12, 3
+NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
+OPTIONS = {"block_position": True, "no_history_vector": True, "qkv_bias": True}
+
+
+# Every argument is given in every call, so that one compiled program serves most tests.
+def whole(latents, times, pinned=None, segments=None):
+    model, params = create(dit=OPTIONS)
+    pinned = jnp.zeros((2, LENGTH), bool) if pinned is None else pinned
+    segments = jnp.ones((2, LENGTH), jnp.int32) if segments is None else segments
+    return apply(model, params, latents, times, pinned=pinned, segment_ids=segments, method="velocity")
+
+
+def training(noisy, times, clean, pinned=None, segments=None, dropped=None, params=None):
+    model, own = create(dit=OPTIONS)
+    total = noisy.shape[1]
+    return apply(
+        model,
+        own if params is None else params,
+        noisy,
+        times,
+        history=clean,
+        pinned=jnp.zeros((2, total), bool) if pinned is None else pinned,
+        segment_ids=jnp.ones((2, LENGTH), jnp.int32) if segments is None else segments,
+        drop_history=jnp.zeros((2, total // BLOCK), bool) if dropped is None else dropped,
+        method="velocity",
+    )
+
+
+def test_training_layout_equals_the_whole_sequence_path_block_by_block():
+    """Velocity of noisy block b = that of [clean blocks < b, noisy block b] at times [0 ... 0, t_b]."""
+    velocity = training(NOISY, TIMES, CLEAN)
+    for b in range(BLOCKS):
+        here = slice(b * BLOCK, (b + 1) * BLOCK)
+        latents = CLEAN.at[:, here].set(NOISY[:, here])  # what follows block b does not matter
+        times = jnp.zeros((2, BLOCKS)).at[:, b].set(TIMES[:, b])
+        assert_close(velocity[:, here], whole(latents, times)[:, here], 1e-5)
+
+
+def test_noisy_copies_equal_separate_passes():
+    other, other_times = normal(2, LENGTH, 4, seed=3), uniform(2, BLOCKS, seed=1)
+    both = training(jnp.concatenate([NOISY, other], axis=1), jnp.concatenate([TIMES, other_times], axis=1), CLEAN)
+    assert_close(both[:, :LENGTH], training(NOISY, TIMES, CLEAN), 1e-5)
+    assert_close(both[:, LENGTH:], training(other, other_times, CLEAN), 1e-5)
+
+
+def test_velocity_of_a_document_does_not_depend_on_where_it_is_packed():
+    """Documents that begin at a block boundary: only distances enter."""
+    behind = jnp.array([[1] * BLOCK + [2] * 2 * BLOCK] * 2)
+    before = jnp.array([[1] * 2 * BLOCK + [2] * BLOCK] * 2)
+
+    def move(x):
+        return jnp.roll(x, -x.shape[1] // BLOCKS, axis=1)
+
+    last = training(NOISY, TIMES, CLEAN, segments=behind)
+    first = training(move(NOISY), move(TIMES), move(CLEAN), segments=before)
+    assert_close(last[:, BLOCK:], first[:, : 2 * BLOCK], 1e-5)
+    last = whole(NOISY, TIMES, segments=behind)
+    first = whole(move(NOISY), move(TIMES), segments=before)
+    assert_close(last[:, BLOCK:], first[:, : 2 * BLOCK], 1e-5)
+
+
+def test_a_block_without_history_equals_a_first_block_but_for_the_vector():
+    _, params = create(dit=OPTIONS)
+    no_vector = {"params": {**params["params"], "dit": params["params"]["dit"] | {"no_history": jnp.zeros(16)}}}
+    dropped = jnp.array([[False, False, True]] * 2)
+    last = slice(2 * BLOCK, 3 * BLOCK)
+    first = whole(jnp.roll(NOISY, BLOCK, axis=1), jnp.roll(TIMES, 1, axis=1))[:, :BLOCK]
+    assert_close(training(NOISY, TIMES, CLEAN, dropped=dropped, params=no_vector)[:, last], first, 1e-5)
+    assert np.max(np.abs(training(NOISY, TIMES, CLEAN, dropped=dropped)[:, last] - first)) > 0.01
+
+
+def test_times_of_sequence_block_and_latent_agree():
+    per_sequence = uniform(2)
+    per_block, per_latent = (jnp.tile(per_sequence[:, None], (1, n)) for n in (BLOCKS, LENGTH))
+    expected = whole(NOISY, per_block)
+    assert_close(whole(NOISY, per_sequence), expected, 1e-6)
+    assert_close(whole(NOISY, per_latent), expected, 1e-6)
+    by_block = training(NOISY, TIMES, CLEAN)
+    assert_close(training(NOISY, jnp.repeat(TIMES, BLOCK, axis=1), CLEAN), by_block, 1e-6)
+    assert np.max(np.abs(training(NOISY, TIMES[:, ::-1], CLEAN) - by_block)) > 0.01
+
+
+def test_pinned_positions_are_at_time_zero():
+    pinned = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) < 0.4)
+    times = jnp.where(pinned, 0.0, jnp.repeat(TIMES, BLOCK, axis=1))
+    assert_close(whole(NOISY, TIMES, pinned), whole(NOISY, times), 1e-6)
+    assert_close(training(NOISY, TIMES, CLEAN, pinned), training(NOISY, times, CLEAN), 1e-6)
+
+
+def test_cached_blocks_equal_the_training_layout():
+    """`prefill`, then `extend`; one sequence stands a block ahead of the other."""
+    model, params = create(dit=OPTIONS)
+    (k, v), _ = apply(model, params, CLEAN, jnp.ones((2, LENGTH), jnp.int32), method="prefill")
+    start = jnp.array([BLOCK, 2 * BLOCK])
+    filled = jnp.arange(LENGTH)[None] < start[:, None]
+    # What is not committed must not matter: rubbish is there.
+    cache = tuple(jnp.where(filled[None, :, :, None, None], x, 7.0) for x in (k, v))
+    positions = start[:, None] + jnp.arange(BLOCK)[None]
+
+    def block(x):
+        return jnp.take_along_axis(x, positions[..., None], axis=1)
+
+    def extend(latents, times, cache, cache_mask, alone):
+        return apply(
+            model,
+            params,
+            latents,
+            times,
+            positions,
+            cache,
+            cache_mask,
+            jnp.zeros((2, BLOCK), bool),
+            jnp.full(2, alone),
+            method="extend",
+        )
+
+    clean, new = extend(block(CLEAN), jnp.zeros((2, 1)), cache, filled, False)
+    assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)))), 1e-5)
+    for ours, all_at_once in zip(new, (k, v), strict=True):
+        expected = jnp.take_along_axis(all_at_once, positions[None, :, :, None, None], axis=2)
+        assert_close(ours, expected, 1e-5)
+    times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)
+    noisy, _ = extend(block(NOISY), times, cache, filled, False)
+    assert_close(noisy, block(training(NOISY, TIMES, CLEAN)), 1e-5)
+    # The unconditional branch: an empty cache, and the vector that says so.
+    alone, _ = extend(block(NOISY), times, tuple(x[:, :, :0] for x in cache), filled[:, :0], True)
+    dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool))
+    assert_close(alone, block(dropped), 1e-5)
+
+
+def test_remat_changes_neither_velocity_nor_gradients():
+    model, params = create()
+
+    def gradients_and_value(remat):
+        other = cola.create(model.vae_config, dataclasses.replace(model.dit_config, remat=remat))
+
+        def loss(params):
+            velocity = other.apply(params, NOISY, TIMES, method="velocity")
+            return jnp.sum(jnp.square(velocity)), velocity
+
+        return jit(jax.grad(loss, has_aux=True))({"params": {"dit": params["params"]["dit"]}})
+
+    gradients, velocity = gradients_and_value("none")
+    actual_gradients, actual = gradients_and_value("dots")
+    assert_close(actual, velocity, 1e-5)
+    assert_trees_close(actual_gradients, gradients, 1e-4)
+
+
+ZERO = ("attention_modulation", "attention_gate", "mlp_modulation", "mlp_gate")
+
+
+def test_velocity_is_exactly_zero_at_the_start():
+    """Modulations, gates and output head start at zero; with any values of the other parameters v = 0."""
+    model, params = create(dit=OPTIONS)
+
+    @jit
+    def initial_zeros(key):
+        dit = model.init(key, jnp.zeros((1, BLOCK), jnp.int32))["params"]["dit"]
+        return dit["out_layer"], dit["out_modulation"], {name: dit["layers"][name] for name in ZERO}
+
+    zeros = initial_zeros(jax.random.key(0))
+    for leaf in jax.tree.leaves(zeros):
+        np.testing.assert_array_equal(leaf, 0.0)
+    dit = params["params"]["dit"]
+    start = dit | {"out_layer": jax.tree.map(jnp.zeros_like, dit["out_layer"])}
+    velocity = training(NOISY, TIMES, CLEAN, params={"params": {**params["params"], "dit": start}})
+    np.testing.assert_array_equal(velocity, 0.0)
+
+
+def test_closed_gates_leave_the_residual_stream_as_it_is():
+    """With gates of zero no position depends on another, whatever the rest."""
+    _, params = create(dit=OPTIONS)
+    dit = params["params"]["dit"]
+    closed = {name: jax.tree.map(jnp.zeros_like, dit["layers"][name]) for name in ("attention_gate", "mlp_gate")}
+    closed = {"params": {**params["params"], "dit": dit | {"layers": dit["layers"] | closed}}}
+    base = training(NOISY, TIMES, CLEAN, params=closed)
+    other = training(NOISY.at[:, 1].add(1.0), TIMES, CLEAN + 1, params=closed)
+    np.testing.assert_array_equal(np.any(base != other, axis=(0, 2)), np.arange(LENGTH) == 1)
+
+
+def test_bfloat16_velocity_is_close_and_float32():
+    model, params = create(dit=OPTIONS)
+    half = cola.create(model.vae_config, model.dit_config, "bfloat16")
+    expected = training(NOISY, TIMES, CLEAN)
+    actual = apply(half, params, NOISY, TIMES, history=CLEAN, method="velocity")
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected, 0.05)
+    assert np.max(np.abs(actual - expected)) > 1e-4  # it did compute in bfloat16
+
+
+def test_bfloat16_model_has_float32_parameters():
+    model = cola.create(vae_config(), dit_config(**OPTIONS), "bfloat16")
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, BLOCK), jnp.int32))
+    assert {x.dtype for x in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("options", [{"block_position": False}, {"block_position": True}], ids=["rope", "position"])
+def test_only_a_block_position_tells_apart_orders_within_the_block(options):
+    """A reversed first block has reversed distances: with all distances equal to 0 only the index is left."""
+    model, params = create(dit=OPTIONS | {"rope_dim": 0} | options)
+    z = normal(1, BLOCK, 4)
+    velocity = apply(model, params, z, jnp.full(1, 0.5), method="velocity")
+    swapped = apply(model, params, z[:, ::-1], jnp.full(1, 0.5), method="velocity")[:, ::-1]
+    same = np.max(np.abs(velocity - swapped)) < 1e-5
+    assert same == (not options["block_position"])

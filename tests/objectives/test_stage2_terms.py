@@ -1,0 +1,144 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.tiny_models import VOCAB, create, jit, parameters, tokens
+
+from cola_jax import rng
+from cola_jax.config import Config, Stage2Config
+from cola_jax.objectives import stage2
+
+SEGMENTS = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3, [1] * 2 + [0] * 10])
+BATCH = {"tokens": tokens(3, 12), "segment_ids": SEGMENTS}
+KEYS = rng.key(0, "train", 5, jnp.arange(3))
+# Everything at once.
+JOINT = Stage2Config(
+    strategy="joint", prompt_blocks=0.5, history_dropout=0.3, noise_copies=2, vae_weight=0.5, entropy_weight=0.2
+)
+OPTIONS = {"no_history_vector": True}
+
+
+@functools.cache
+def compiled(stage):
+    model, _ = create(dit=OPTIONS)
+    config = dataclasses.replace(Config(), stage2=stage)
+    return jit(lambda params, batch, keys, reference: stage2.terms(model, config, params, batch, keys, reference))
+
+
+@functools.cache
+def other_parameters(model):
+    return parameters(model, seed=7)
+
+
+def terms(batch=BATCH, keys=KEYS, same_reference=False, params=None, stage=JOINT):
+    model, own = create(dit=OPTIONS)
+    reference = own if same_reference else other_parameters(model)
+    return compiled(stage)(own if params is None else params, batch, keys, reference)
+
+
+def test_padding_changes_nothing():
+    other = BATCH | {"tokens": jnp.where(SEGMENTS > 0, BATCH["tokens"], (BATCH["tokens"] + 7) % VOCAB)}
+    expected = terms()
+    for name, term in terms(other).items():
+        np.testing.assert_allclose(term.value, expected[name].value, rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(term.weight, expected[name].weight, err_msg=name)
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    whole, part = terms(), terms(jax.tree.map(lambda x: x[1:2], BATCH), KEYS[1:2])
+    assert set(part) == set(whole)
+    for name in whole:
+        np.testing.assert_allclose(part[name].value, whole[name].value[1:2], rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(part[name].weight, whole[name].weight[1:2], err_msg=name)
+
+
+def test_an_example_does_not_depend_on_its_place():
+    order = jnp.array([2, 0, 1])
+    whole, moved = terms(), terms(jax.tree.map(lambda x: x[order], BATCH), KEYS[order])
+    for name in whole:
+        np.testing.assert_allclose(moved[name].value, whole[name].value[order], rtol=1e-6, err_msg=name)
+
+
+def test_weights_of_the_terms():
+    coefficients = {name: float(term.coefficient) for name, term in terms().items()}
+    assert coefficients == pytest.approx(
+        {
+            "flow": JOINT.flow_weight,
+            "reconstruction": 0.5,
+            "entropy": 0.5 * 0.2,
+            "mask": 0.5 * JOINT.mask_weight,
+            "reference_kl": JOINT.reference_weight,
+            "accuracy": 0.0,
+            "latent_signal": 0.0,
+            "latent_noise": 0.0,
+        }
+    )
+    real = np.sum(SEGMENTS > 0, axis=1)
+    for name in ("reconstruction", "entropy", "reference_kl", "accuracy"):
+        np.testing.assert_array_equal(terms()[name].weight, real)
+
+
+def test_the_kl_to_an_equal_reference_is_zero():
+    np.testing.assert_allclose(terms(same_reference=True)["reference_kl"].value, 0.0, atol=1e-6)
+    assert np.all(terms()["reference_kl"].value > 0.1)
+
+
+def shapes(stage, reference):
+    model, params = create(dit=OPTIONS)
+    config = dataclasses.replace(Config(), stage2=stage)
+    return jax.eval_shape(functools.partial(stage2.terms, model, config), params, BATCH, KEYS, reference)
+
+
+def test_which_terms_a_strategy_has():
+    _, params = create(dit=OPTIONS)
+    statistics = {"latent_signal", "latent_noise"}
+    frozen = dataclasses.replace(JOINT, strategy="fix_vae")
+    assert set(shapes(frozen, params)) == {"flow"} | statistics
+    vae = {"flow", "reconstruction", "entropy", "accuracy"} | statistics
+    assert set(shapes(JOINT, None)) == vae | {"mask"}
+    assert set(shapes(dataclasses.replace(JOINT, mask_weight=0.0), params)) == vae | {"reference_kl"}
+
+
+def flow_gradient(encoder_gradient, part):
+    """Of the flow term alone, in the parameters of ``part`` of the VAE or all of the DiT."""
+    model, params = create(dit=OPTIONS)
+    params = params["params"]
+    stage = Stage2Config(strategy="joint", encoder_gradient=encoder_gradient, mask_weight=0.0, prompt_blocks=0.0)
+    config = dataclasses.replace(Config(), stage2=stage)
+
+    def loss(leaves):
+        changed = {"dit": leaves} if part == "dit" else {"vae": params["vae"] | {part: leaves}}
+        return jnp.sum(stage2.terms(model, config, {"params": params | changed}, BATCH, KEYS)["flow"].value)
+
+    return jit(jax.grad(loss))(params["dit"] if part == "dit" else params["vae"][part])
+
+
+@pytest.mark.parametrize(
+    ("part", "encoder_gradient", "reached"),
+    [("encoder", True, True), ("encoder", False, False), ("decoder", True, False), ("dit", False, True)],
+)
+def test_flow_matching_reaches_the_dit_and_the_encoder_where_told(part, encoder_gradient, reached):
+    gradient = dict(flow_gradient(encoder_gradient, part))
+    if part == "dit":  # no block's history was dropped
+        np.testing.assert_array_equal(gradient.pop("no_history"), 0.0)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.any(leaf != 0) == reached
+
+
+def test_the_flow_term_starts_at_the_power_of_the_target():
+    """Velocity 0: the mean of (z_1 - z_0)^2 is 1 + E[z^2], the power of noise and of latents."""
+    _, params = create(dit=OPTIONS)
+    head = jax.tree.map(jnp.zeros_like, params["params"]["dit"]["out_layer"])
+    start = {"params": params["params"] | {"dit": params["params"]["dit"] | {"out_layer": head}}}
+    sums = dict.fromkeys(("flow", "latent_signal", "latent_noise"), 0.0)
+    weights = dict(sums)
+    for step in range(60):
+        out = terms(keys=rng.key(0, "train", step, jnp.arange(3)), params=start)
+        for name in sums:
+            sums[name] += float(np.sum(out[name].value))
+            weights[name] += float(np.sum(out[name].weight))
+    flow, signal, noise = (sums[name] / weights[name] for name in sums)
+    assert abs(flow / (1 + signal + noise) - 1) < 0.06  # 6600 independent elements of noise: 3 standard errors

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.tiny_models import normal
+
+from cola_jax import rng
+from cola_jax.sampling import choose
+
+KEYS = rng.key(0, "sample", 0, jnp.arange(2))
+
+
+def test_repetition_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+    logits = normal(2, 3, 5)
+    seen = jnp.array([[True, False, True, False, False], [False] * 5])
+    expected = np.array(logits)
+    for token in (0, 2):
+        column = expected[0, :, token]
+        expected[0, :, token] = np.where(column > 0, column / 1.7, column * 1.7)
+    np.testing.assert_allclose(choose.penalize_repetition(logits, seen, 1.7), expected, rtol=1e-6)
+    assert np.any(expected != logits)
+
+
+def test_no_penalty_changes_nothing():
+    logits = normal(2, 3, 5)
+    np.testing.assert_array_equal(choose.penalize_repetition(logits, jnp.ones((2, 5), bool), 1.0), logits)
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    logits = normal(2, 3, 5)
+    np.testing.assert_array_equal(choose.choose(logits, KEYS, 0.0), np.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_draws_follow_the_softmax_of_scaled_logits(temperature):
+    logits = np.array([[1.0, 0.0, -1.0, 0.5], [0.0, 2.0, 0.0, -2.0]])
+    count = 20_000
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[:, None], (2, count, 4))
+    drawn = np.asarray(choose.choose(rows, KEYS, temperature))
+    assert drawn.dtype == np.int32
+    shares = np.exp(logits / temperature)
+    shares /= shares.sum(-1, keepdims=True)
+    for row in range(2):
+        counts = np.bincount(drawn[row], minlength=4)
+        assert np.all(np.abs(counts - count * shares[row]) < 4.5 * np.sqrt(count * shares[row] * (1 - shares[row])))
+
+
+def test_a_draw_depends_on_its_own_key_alone():
+    logits = normal(2, 50, 5)
+    together = choose.choose(logits, KEYS, 1.0)
+    np.testing.assert_array_equal(choose.choose(logits[1:], KEYS[1:], 1.0)[0], together[1])
+    same_logits = choose.choose(jnp.tile(logits[:1], (2, 1, 1)), KEYS, 1.0)
+    assert np.any(same_logits[0] != same_logits[1])
+    assert not np.array_equal(jax.random.key_data(KEYS[0]), jax.random.key_data(KEYS[1]))

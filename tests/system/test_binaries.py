@@ -1,0 +1,169 @@
+"""The binaries as a user runs them, on the real model and data at a tiny size."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORTS = ("metrics.jsonl", "samples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, shared by the processes of this module."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(cache, binary, *arguments, devices: int = 1, **options) -> subprocess.Popen:
+    environment = dict(
+        os.environ,
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
+    command = [sys.executable, ROOT / "launch" / binary, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def call(cache, binary, *arguments, stdin: str | None = None, status: int = 0, devices: int = 1) -> str:
+    process = start(cache, binary, *arguments, devices=devices, stdin=subprocess.PIPE)
+    out, error = process.communicate(stdin)
+    assert process.returncode == status, error[-3000:]
+    if status == 2:
+        assert error.startswith("error: ") and len(error.splitlines()) == 1, error
+        return error
+    return out
+
+
+def train(cache, workdir, *arguments, **options) -> str:
+    return call(cache, "train.py", "--config=tests/system/tiny.py", f"--workdir={workdir}", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    """A finished run and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    return workdir, train(cache, workdir)
+
+
+def rows(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_reports_every_term(run):
+    workdir, printed = run
+    last = [row for row in rows(workdir) if row["kind"] == "train"][-1]
+    terms = {"flow", "reconstruction", "entropy", "mask", "reference_kl", "logsnr", "accuracy", "loss"}
+    assert last["step"] == 30 and last["stage"] == 2 and terms <= set(last)
+    assert "tokens/s" in printed and "ETA" in printed
+
+
+def test_sample(run, cache, tmp_path):
+    checkpoint = f"--checkpoint={run[0]}"
+    prompt = "Mia was a girl from the village."
+    out = call(cache, "sample.py", checkpoint, "--json", prompt, "--max_new_tokens=5", "--unconditional=1")
+    first, second = map(json.loads, out.splitlines())
+    assert first["prompt"] == prompt and len(first["tokens"]) <= 5 and second["prompt"] == ""
+    file = tmp_path / "prompts.txt"
+    file.write_text(prompt + "\n", encoding="utf-8")
+    from_file = call(cache, "sample.py", checkpoint, "--json", f"--prompts_file={file}", "--max_new_tokens=5")
+    piped = call(cache, "sample.py", checkpoint, "--json", "-", "--max_new_tokens=5", stdin=prompt + "\n")
+    assert json.loads(from_file) == json.loads(piped) == first
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([""], "prompt 0 is empty"),
+        ([], "no prompt"),
+        (["word " * 80], "allowed are at most 56 (context)"),
+        (["Mia", "--steps=0"], "steps = 0"),
+        (["Mia", "--prompts_file=none.txt"], "none.txt"),
+        (["Mia", "--temperature=-1"], "temperature = -1.0"),
+    ],
+)
+def test_sample_refuses(run, cache, arguments, words):
+    assert words in call(cache, "sample.py", f"--checkpoint={run[0]}", *arguments, status=2)
+
+
+def test_sample_needs_a_checkpoint_and_its_tokenizer(run, cache, tmp_path):
+    assert "--checkpoint is missing" in call(cache, "sample.py", "Mia", status=2)
+    assert "no checkpoint here" in call(cache, "sample.py", f"--checkpoint={tmp_path}", "Mia", status=2)
+    (tmp_path / "stage2").symlink_to(run[0] / "stage2")
+    assert "tokenizer.model: missing" in call(cache, "sample.py", f"--checkpoint={tmp_path}", "Mia", status=2)
+    other = (run[0] / "tokenizer.model").read_bytes().replace(b"village", b"villagf")
+    (tmp_path / "tokenizer.model").write_bytes(other)
+    assert "its hash differs" in call(cache, "sample.py", f"--checkpoint={tmp_path}", "Mia", status=2)
+
+
+def test_evaluate(run, cache, tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = (f"--checkpoint={run[0]}", "--count=4", "--guidance=1,3", f"--json={file}")
+    assert len(call(cache, "evaluate.py", *arguments).splitlines()) == 2
+    assert [row["guidance_scale"] for row in json.loads(file.read_text())] == [1.0, 3.0]
+    assert "--steps = x" in call(cache, "evaluate.py", f"--checkpoint={run[0]}", "--steps=x", status=2)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.data.corpus=text", "--config.data.files=none.txt"], "none.txt"),
+        (["--config.dit.latent_dim=8"], "config.dit.latent_dim = 8: allowed is vae.latent_dim = 4"),
+        (["--config.stage2.strategy=all"], "config.stage2.strategy = 'all'"),
+    ],
+)
+def test_train_refuses(cache, tmp_path, arguments, words):
+    assert words in train(cache, tmp_path / "run", *arguments, status=2)
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
+def test_train_refuses_another_config(run, cache):
+    before = (run[0] / "config.json").read_bytes()
+    assert "seed: 0 -> 1" in train(cache, run[0], "--config.seed=1", status=2)
+    assert (run[0] / "config.json").read_bytes() == before
+
+
+def test_one_device_and_eight_give_the_same_losses(cache, tmp_path):
+    """Over the 30 + 30 steps of both stages, float32."""
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    # Without expensive sampling; the mesh is data 2 x fsdp 2 x tensor 2.
+    quiet = ["--config.train.num_samples=0", "--config.train.log_every=1"]
+    train(cache, one, *quiet)
+    mesh = ["--config.train.mesh_data=2", "--config.train.mesh_fsdp=2", "--config.train.mesh_tensor=2"]
+    train(cache, eight, *quiet, *mesh, devices=8)
+    losses = [[row["loss"] for row in rows(place) if row["kind"] == "train"] for place in (one, eight)]
+    assert len(losses[0]) == 60
+    assert losses[0][:20] == pytest.approx(losses[1][:20], rel=1e-5)
+    assert losses[0][30:50] == pytest.approx(losses[1][30:50], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_like_one_that_was_not(run, cache, tmp_path):
+    """SIGKILL three times in each stage, at random moments around checkpoints that are being written."""
+    workdir, draw = tmp_path / "killed", random.Random(0)
+    for stage in ("stage1", "stage1", "stage1", "stage2", "stage2", "stage2"):
+        process = start(
+            cache, "train.py", "--config=tests/system/tiny.py", f"--workdir={workdir}", stdout=subprocess.DEVNULL
+        )
+        before = set((workdir / stage).glob("*"))
+        wait = draw.randint(1, 2)  # new names of checkpoints, temporary ones among them
+        while process.poll() is None and len(set((workdir / stage).glob("*")) - before) < wait:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        assert process.poll() is None, f"{stage} ended before it was killed"
+        process.kill()
+        process.wait()
+    train(cache, workdir)
+    for name in REPORTS:
+        assert (workdir / name).read_bytes() == (run[0] / name).read_bytes()
+    for stage in ("stage1", "stage2"):
+        hashes = [json.loads(next((place / stage / "30" / "meta").iterdir()).read_text()) for place in (workdir, run[0])]
+        assert hashes[0] == hashes[1]  # of every array: parameters, moments, average; and the position in the data

@@ -1,0 +1,113 @@
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from cola_jax import sharding
+from cola_jax.config import TrainConfig
+from cola_jax.types import UserError
+
+CUBE = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+
+
+def box(shape, *names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ((0, 1, 1), (8, 1, 1)),
+        ((0, 2, 2), (2, 2, 2)),
+        ((2, 0, 1), (2, 4, 1)),
+        ((1, 1, 1), (1, 1, 1)),
+        ((3, 1, 1), (3, 1, 1)),
+    ],
+)
+def test_mesh_sizes(sizes, expected):
+    mesh = sharding.make_mesh(TrainConfig(mesh_data=sizes[0], mesh_fsdp=sizes[1], mesh_tensor=sizes[2]))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), expected, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 1), (4, 4, 1), (16, 1, 1)])
+def test_mesh_that_does_not_fit(sizes):
+    with pytest.raises(UserError, match=r"config.train.mesh_\*.*8 devices"):
+        sharding.make_mesh(TrainConfig(mesh_data=sizes[0], mesh_fsdp=sizes[1], mesh_tensor=sizes[2]))
+
+
+def test_mesh_of_some_devices():
+    assert sharding.make_mesh(TrainConfig(), jax.devices()[:3]).shape["data"] == 3
+
+
+@pytest.mark.parametrize(
+    "shape, names, expected",
+    [
+        ((4, 8, 6), ("layers", "embed", "mlp"), (None, "fsdp", "tensor")),
+        ((8, 3, 4, 2), ("embed", None, "heads", "kv"), ("fsdp", None, "tensor", None)),
+        ((10, 8), ("vocab", "embed"), ("tensor", "fsdp")),
+        ((8, 5), ("batch", "length"), (("data", "fsdp"), None)),
+        ((8,), ("latent",), (None,)),
+    ],
+)
+def test_rules(shape, names, expected):
+    mesh = sharding.make_mesh(CUBE)
+    assert sharding.shardings(box(shape, *names), mesh).spec == PartitionSpec(*expected)
+
+
+def test_unknown_name_is_an_error():
+    mesh = sharding.make_mesh(CUBE)
+    with pytest.raises(ValueError, match="'hidden'.*has no rule"):
+        sharding.shardings({"kernel": box((8, 8), "embed", "hidden")}, mesh)
+    with pytest.raises(ValueError, match="'tensor' twice"):
+        sharding.shardings({"kernel": box((8, 8), "heads", "mlp")}, mesh)
+    with pytest.raises(ValueError, match="do not fit"):
+        sharding.partition_spec(("embed",), (8, 8), mesh)
+
+
+def test_dimension_that_is_not_divided_is_replicated_and_logged_once(caplog):
+    mesh = sharding.make_mesh(CUBE)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert sharding.shardings(box((8, 7), "embed", "vocab"), mesh).spec == PartitionSpec("fsdp", None)
+    assert len([r for r in caplog.records if "'vocab' of size 7" in r.getMessage()]) == 1
+
+
+def test_boxes_are_removed():
+    mesh = sharding.make_mesh(CUBE)
+    tree = {"a": box((8,), "embed"), "b": jax.ShapeDtypeStruct((3,), jnp.int32)}
+    found = sharding.shardings(tree, mesh)
+    assert found["a"].spec == PartitionSpec("fsdp") and found["b"].spec == PartitionSpec()
+
+
+def test_batch():
+    mesh = sharding.make_mesh(CUBE)
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    placed = sharding.put_batch(mesh, {"tokens": rows})["tokens"]
+    np.testing.assert_array_equal(placed, rows)
+    assert placed.sharding == sharding.batch_sharding(mesh) and placed.addressable_shards[0].data.shape == (2, 3)
+    with pytest.raises(UserError, match="config.data.batch_size = 6: allowed is a multiple of 4"):
+        sharding.put_batch(mesh, {"tokens": rows[:6]})
+    with pytest.raises(UserError, match="multiple of 16 .*optimizer2.accumulation = 4"):
+        sharding.check_batch(8, 4, mesh, "optimizer2.accumulation")
+
+
+def test_constrain_acts_only_on_a_mesh():
+    x = jnp.ones((8, 4, 6))
+    assert sharding.constrain(x, "batch", None, "mlp") is x
+    mesh = sharding.make_mesh(CUBE)
+
+    @jax.jit
+    def f(x):
+        with sharding.activate(mesh):
+            y = nn.with_logical_constraint(x * 2, ("batch", None, "embed"))
+            return sharding.constrain(x, "batch", None, "mlp"), y
+
+    ours, linen = f(jax.device_put(x, sharding.replicated(mesh)))
+    assert ours.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert linen.sharding.spec[0] == ("data", "fsdp")
+    with pytest.raises(ValueError, match="no rule"), sharding.activate(mesh):
+        sharding.constrain(x, "batch", None, "channels")

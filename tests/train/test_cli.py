@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+BINARY = """
+from cola_jax import cli
+from cola_jax.train import loop
+from cola_jax.types import UserError
+FLAG = cli.config_flag()
+
+def main():
+    config = cli.read_config(FLAG)
+    if config.seed == 1:
+        raise UserError("file x = 1: allowed is 2")
+    if config.seed == 2:
+        raise loop.NonFiniteLoss("stage 1, step 3: loss is nan")
+    if config.seed == 3:
+        raise loop.Interrupted("stopped by SIGTERM", 15)
+    print("steps", config.stage1.steps)
+
+cli.run(main)
+"""
+
+CONFIG = """
+import ml_collections
+from cola_jax import config
+
+def get_config():
+    return ml_collections.ConfigDict(config.default())
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cli")
+    (place / "binary.py").write_text(BINARY)
+    (place / "good.py").write_text(CONFIG)
+    (place / "broken.py").write_text("import nothing_of_this_name\n")
+    return place
+
+
+def call(place, *arguments):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    command = [sys.executable, "binary.py", *arguments]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["--config"]),
+        (["--config=none.py"], ["none.py", "no such file"]),
+        (["--config=broken.py"], ["nothing_of_this_name"]),
+        (["--config=good.py", "--config.train.stepz=3"], ["config.train.stepz", "no such field"]),
+        (["--config=good.py", "--config.stage1.step=3"], ["config.stage1.step", "did you mean steps?"]),
+        (["--config=good.py", "--config.tarin.log_every=3"], ["config.tarin.log_every", "did you mean train?"]),
+        (["--config=good.py", "--config.stage1.steps=many"], ["config.stage1.steps", "'many'"]),
+        (["--config=good.py", "--config.stage1.steps=-1"], ["config.stage1.steps", "-1", "at least 0"]),
+        (["--config=good.py", "--workdirr=3"], ["workdirr"]),
+        (["--config=good.py", "extra"], ["'extra'"]),
+        (["--config=good.py", "--config.seed=1"], ["file x = 1: allowed is 2"]),
+    ],
+)
+def test_errors_are_one_line_and_status_2(place, arguments, words):
+    result = call(place, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert all(word in result.stderr for word in words)
+
+
+def test_other_endings(place):
+    good = call(place, "--config=good.py", "--config.stage1.steps=7")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "steps 7\n", "")
+    diverged = call(place, "--config=good.py", "--config.seed=2")
+    assert (diverged.returncode, diverged.stderr) == (3, "error: stage 1, step 3: loss is nan\n")
+    stopped = call(place, "--config=good.py", "--config.seed=3")
+    assert (stopped.returncode, stopped.stdout) == (143, "stopped by SIGTERM\n")

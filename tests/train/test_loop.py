@@ -1,0 +1,229 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+from test_step import same_bits
+
+from cola_jax.train import checkpoint as checkpoints
+from cola_jax.train import loop
+from cola_jax.types import UserError
+
+REPORTS = ("metrics.jsonl", "samples.jsonl")
+
+
+class Crash(BaseException):
+    """Stands for a process that ends here and now."""
+
+
+def train(workdir, say=lambda line: None, config=None, **changes):
+    config = config or toy_run.settings()
+    return loop.train(config, workdir, toy_run.parts(config, **changes), toy_run.sampler, say)
+
+
+def crash_at(words):
+    def say(line):
+        if words in line:
+            raise Crash
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs: (directory, final state, lines on the console)."""
+    workdir, lines = tmp_path_factory.mktemp("whole"), []
+    state = train(workdir, lines.append)
+    return workdir, jax.tree.map(np.array, state), lines
+
+
+def assert_same_run(workdir, state, whole):
+    assert same_bits(state, whole[1])
+    for name in REPORTS:
+        assert (workdir / name).read_bytes() == (whole[0] / name).read_bytes()
+    for stage in ("stage1", "stage2"):
+        newest = [checkpoints.step_directories(directory / stage)[0] for directory in (workdir, whole[0])]
+        assert newest == [12, 12]
+    bodies = [checkpoints._read_meta(directory / "stage2" / "12") for directory in (workdir, whole[0])]
+    assert bodies[0] == bodies[1]  # the position in the data among other things
+
+
+def test_whole_run(whole):
+    workdir, state, lines = whole
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [1, 2, 4, 6, 8, 10, 12]
+    for stage in (1, 2):
+        steps = {
+            k: [e["step"] for e in entries if e["stage"] == stage and e["kind"] == k] for k in ("train", "holdout")
+        }
+        assert steps == {"train": logged, "holdout": [5, 10, 12]}
+    assert checkpoints.step_directories(workdir / "stage1") == [12, 8, 4]
+    assert not any("seconds" in entry or "time" in entry for entry in entries)
+    assert [json.loads(line)["step"] for line in (workdir / "samples.jsonl").read_text().splitlines()] == [12]
+    assert int(state.step) == 12 and (workdir / "timing.jsonl").stat().st_size
+    assert all("\n" not in line for line in lines)
+    assert any("tokens/s" in line and "FLOP/s" in line and "ETA" in line for line in lines)
+
+
+def test_stages_see_different_data_and_noise(whole):
+    assert loop.data_seed(0, 1) != loop.data_seed(0, 2) != loop.data_seed(1, 2)
+    bodies = [checkpoints._read_meta(whole[0] / stage / "12") for stage in ("stage1", "stage2")]
+    assert bodies[0]["fingerprint"]["seed"] != bodies[1]["fingerprint"]["seed"]
+
+
+def test_finished_run_says_so(whole):
+    before = [(whole[0] / name).read_bytes() for name in REPORTS]
+    lines = []
+    state = train(whole[0], lines.append)
+    assert same_bits(state, whole[1]) and lines == ["stage 2 is complete: 12 steps"]
+    assert before == [(whole[0] / name).read_bytes() for name in REPORTS]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stage 1  step 2/"],  # before the first checkpoint
+        ["stage 1  step 6/", "stage 1  step 10/12  held out"],
+        ["stage 1  step 12/", "stage 2  step 1/", "stage 2  step 8/", "stage 2  step 12/12  held out"],
+    ],
+)
+def test_crashes_leave_no_trace(whole, tmp_path, words):
+    for word in words:
+        with pytest.raises(Crash):
+            train(tmp_path, crash_at(word))
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"stage": 2, "step": 9, "ki')  # torn
+    assert_same_run(tmp_path, train(tmp_path), whole)
+
+
+def test_damaged_checkpoint_leaves_no_trace(whole, tmp_path):
+    with pytest.raises(Crash):
+        train(tmp_path, crash_at("stage 2  step 10/"))
+    deadline = time.time() + 20
+    while 8 not in checkpoints.step_directories(tmp_path / "stage2") and time.time() < deadline:
+        time.sleep(0.1)
+    (tmp_path / "stage2" / "8" / "params" / "manifest.ocdbt").write_bytes(b"")
+    lines = []
+    state = train(tmp_path, lines.append)
+    assert sum("damaged" in line for line in lines) == 1
+    assert any("resumed at step 4" in line for line in lines)
+    assert_same_run(tmp_path, state, whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(whole, tmp_path, signum):
+    def say(line):
+        if "stage 2  step 6/" in line:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(loop.Interrupted, match=f"{signum.name} after step 7 of stage 2") as caught:
+        train(tmp_path, say)
+    assert caught.value.signum == signum
+    assert checkpoints.step_directories(tmp_path / "stage2")[0] == 7
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_same_run(tmp_path, train(tmp_path), whole)
+
+
+def test_other_config_is_refused(whole):
+    before = sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
+    config = toy_run.settings()
+    config = dataclasses.replace(config, seed=5, train=dataclasses.replace(config.train, log_every=3))
+    with pytest.raises(UserError, match=r"seed: 0 -> 5, train.log_every: 2 -> 3") as caught:
+        train(whole[0], config=config)
+    assert "\n" not in str(caught.value)
+    assert before == sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
+
+
+def test_other_data_is_refused(whole):
+    with pytest.raises(UserError, match="name: toy -> other"):
+        train(whole[0], name="other")
+
+
+def test_non_finite_loss_stops_with_the_last_good_state(tmp_path):
+    # The first batch of stage 2 with a row whose tokens sum to so much is some way in.
+    iterator = iter(toy_run.dataset("train", loop.data_seed(0, 2)))
+    sums = [int(next(iterator)["tokens"].sum(axis=1).max()) for _ in range(12)]
+    limit = max(sums[5:])
+    step = 1 + next(i for i, total in enumerate(sums) if total >= limit)
+    assert step > 1
+    with pytest.raises(
+        loop.NonFiniteLoss, match=rf"stage 2, step {step}: .*poison inf.*after step {step - 1} is saved"
+    ):
+        train(tmp_path, poison_from=limit)
+    assert checkpoints.step_directories(tmp_path / "stage2")[0] == step - 1
+    with pytest.raises(loop.NonFiniteLoss, match=f"stage 2, step {step}"):
+        train(tmp_path, poison_from=limit)
+    train(tmp_path)  # mended, it goes on
+
+
+@pytest.mark.parametrize("stages", [(12, 0), (0, 12)])
+def test_a_single_stage(tmp_path, stages):
+    config = toy_run.toy_model.config(
+        stage1={"steps": stages[0]},
+        stage2={"steps": stages[1], "strategy": "joint" if stages[0] else "scratch", "reference_weight": 0.0},
+    )
+    state = train(tmp_path, config=config)
+    assert int(state.step) == 12 and state.reference is None
+    assert (tmp_path / "stage2").exists() == bool(stages[1])
+    assert (tmp_path / "stage1").exists() == bool(stages[0])
+
+
+def _start(workdir, cache):
+    tests = Path(__file__).parent
+    environment = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]),
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
+    with open(workdir.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            [sys.executable, tests / "toy_run.py", workdir], env=environment, stdout=log, stderr=log
+        )
+
+
+def _kill_while_it_saves(process, workdir, kills, draw) -> None:
+    """Kills at a random moment around a checkpoint; three times and no more in each stage."""
+    started = {stage: set((workdir / stage).glob("*")) for stage in kills}
+    allowed = {stage: draw.randint(0, 4) if count < 3 else 10**6 for stage, count in kills.items()}
+    while process.poll() is None:
+        for stage in kills:
+            # A new name there is a checkpoint that is being written or has just been.
+            started[stage] |= (new := set((workdir / stage).glob("*")) - started[stage])
+            allowed[stage] -= len(new)
+            if allowed[stage] < 0:
+                time.sleep(draw.uniform(0, 0.05))
+                process.kill()
+                process.wait()
+                kills[stage] += 1
+                return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path):
+    draw, cache = random.Random(0), tmp_path / "cache"
+    assert _start(tmp_path / "whole", cache).wait() == 0
+    kills, workdir = {"stage1": 0, "stage2": 0}, tmp_path / "killed"
+    for _ in range(20):
+        process = _start(workdir, cache)
+        _kill_while_it_saves(process, workdir, kills, draw)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, workdir.with_suffix(".log").read_text()[-2000:]
+    assert process.returncode == 0 and kills == {"stage1": 3, "stage2": 3}
+    for name in REPORTS:
+        assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for stage in kills:
+        found = [checkpoints._read_meta(run / stage / "120") for run in (workdir, tmp_path / "whole")]
+        assert found[0] == found[1]  # hashes of every array, position in the data

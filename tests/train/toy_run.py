@@ -1,0 +1,77 @@
+"""A run of the toy, in a process of its own or in the test's: ``python toy_run.py WORKDIR``."""
+
+import sys
+
+import grain
+import jax
+import numpy as np
+import toy_model
+
+from cola_jax.train import loop
+from cola_jax.types import Term
+
+
+class Batches:
+    """Batch i of a stream of so many."""
+
+    def __init__(self, seed: int, count: int):
+        self._seed, self._count = seed, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict:
+        return toy_model.batch(int(index), seed=self._seed)
+
+    def __repr__(self) -> str:
+        return f"Batches({self._seed}, {self._count})"
+
+
+def dataset(split: str, seed: int):
+    source = grain.MapDataset.source(Batches(seed if split == "train" else 1, 1000 if split == "train" else 2))
+    if split == "train":
+        source = source.shuffle(seed=seed % 2**31).repeat()
+    return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def difference(saved: dict, now: dict) -> list[str]:
+    return [f"{name}: {saved[name]} -> {now[name]}" for name in saved if saved[name] != now[name]]
+
+
+def parts(config, name="toy", poison_from=None) -> loop.Parts:
+    """The toy as the parts of a run; stage 2's loss is not finite where the tokens of a row sum to ``poison_from``."""
+
+    def stage2_terms(params, batch, keys, reference):
+        found = toy_model.stage2_terms(params, batch, keys, reference)
+        if poison_from is None:
+            return found
+        bad = batch["tokens"].sum(axis=1).max() >= poison_from  # whichever microbatch it is in
+        value = jax.numpy.where(bad, np.inf, 0.0) * jax.numpy.ones(batch["tokens"].shape[0])
+        return found | {"poison": Term(value, jax.numpy.ones_like(value), 1.0)}
+
+    return loop.Parts(
+        config=config,
+        init=toy_model.init,
+        terms=(toy_model.stage1_terms, stage2_terms),
+        dataset=dataset,
+        fingerprint=lambda seed: {"name": name, "seed": seed},
+        difference=difference,
+    )
+
+
+def sampler(stage, step, variables):
+    total = sum(float(x.sum()) for x in jax.tree.leaves(variables))
+    return [f"stage {stage} step {step}: {total!r}"]
+
+
+def settings(steps=12):
+    return toy_model.config(
+        stage1={"steps": steps},
+        stage2={"steps": steps, "strategy": "interval", "interval": 3, "reference_weight": 0.1},
+        optimizer2={"ema": 0.9, "accumulation": 2},
+    )
+
+
+if __name__ == "__main__":
+    config = settings(steps=120)
+    loop.train(config, sys.argv[1], parts(config), sampler)
