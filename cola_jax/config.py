@@ -10,6 +10,8 @@ import types as python_types
 import typing
 from collections.abc import Mapping
 
+import ml_collections
+
 from cola_jax.types import UserError
 
 
@@ -76,7 +78,9 @@ class DataConfig:
         _require_choice("data", self, "corpus", ("stories", "text"))
         _require_choice("data", self, "tokenizer", ("sentencepiece", "bytes"))
         _require_choice("data", self, "packing", ("concat", "pad"))
-        _require(self.corpus != "text" or self.files, "data.files", self.files, "a file or a glob (corpus = 'text')")
+        _require(
+            self.corpus != "text" or bool(self.files), "data.files", self.files, "a file or a glob (corpus = 'text')"
+        )
         _require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
         _require_at_least(0, "data", self, "num_workers")
         _require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
@@ -131,7 +135,7 @@ class VAEConfig:
         _require_at_least(1, "vae", self, "block_size")
         _require_at_least(0, "vae", self, "vocab_size")
         _require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
-        _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, f"one that makes dim / num_heads even")
+        _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
         _require(self.ffn_dim >= 2 and self.ffn_dim % 2 == 0, "vae.ffn_dim", self.ffn_dim, "an even number")
         _require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
         if self.logsnr is not None:
@@ -158,12 +162,13 @@ class DiTConfig:
     block_position: bool = False  # learned embedding of the index inside the block [ours]
     no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
     remat: str = "none"  # none | full | dots: what the backward pass computes again
+    unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
 
     def validate(self) -> None:
         _require_at_least(
             1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
         )
-        _require_at_least(1, "dit", self, "time_dim")
+        _require_at_least(1, "dit", self, "time_dim", "unroll")
         _require_choice("dit", self, "remat", ("none", "full", "dots"))
         _require(
             0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
@@ -243,9 +248,7 @@ class OptimizerConfig:
 
     def validate(self, part: str) -> None:
         _require(self.learning_rate > 0, f"{part}.learning_rate", self.learning_rate, "a positive number")
-        _require_at_least(
-            0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"
-        )
+        _require_at_least(0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay")
         _require(self.clip_norm > 0, f"{part}.clip_norm", self.clip_norm, "a positive number")
         _require_at_least(1, part, self, "accumulation")
         for name in ("beta1", "beta2", "ema"):
@@ -394,13 +397,13 @@ def _build(cls, values: Mapping, path: str = ""):
     return cls(**{k: _convert(v, hints[k], f"{path}.{k}" if path else k) for k, v in values.items()})
 
 
-def parse(values: Mapping) -> Config:
+def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
     """A validated `Config` from a ConfigDict or any nested mapping; absent fields keep their defaults.
 
     Raises:
       UserError: an unknown field, a wrong type, an inconsistent value.
     """
-    plain = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
     config = _build(Config, plain)
     config.validate()
     return config

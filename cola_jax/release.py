@@ -35,7 +35,10 @@ _VAE = {"encoder.wte.weight": "encoder.wte", "decoder.final_norm.weight": "decod
 _VAE |= {"decoder.final_norm.bias": "decoder.final_norm.bias"}
 for _linear in ("encoder.patch_embedder", "encoder.final_layer", "decoder.in_layer", "decoder.unpatch_layer"):
     _VAE |= {f"{_linear}.weight": f"{_linear}.kernel", f"{_linear}.bias": f"{_linear}.bias"}
-_VAE |= {"decoder.final_layer.weight": "decoder.final_layer.kernel", "decoder.final_layer.bias": "decoder.final_layer.bias"}
+_VAE |= {
+    "decoder.final_layer.weight": "decoder.final_layer.kernel",
+    "decoder.final_layer.bias": "decoder.final_layer.bias",
+}
 for _part in ("encoder", "decoder"):
     _VAE |= {f"{_part}.blocks.{{i}}.{k}": f"{_part}.layers.{v}" for k, v in _VAE_LAYER.items()}
 

@@ -105,9 +105,9 @@ class ConcatIterDataset(grain.IterDataset):
 
     def __init__(self, parent: grain.IterDataset, length: int, pad_id: int):
         """Args:
-          parent: Non-empty int32 arrays of shape [n], any n.
-          length: Tokens in a row, T.
-          pad_id: Fills the last row.
+        parent: Non-empty int32 arrays of shape [n], any n.
+        length: Tokens in a row, T.
+        pad_id: Fills the last row.
         """
         super().__init__(parent)
         self._length = length

@@ -145,9 +145,7 @@ def score(stories: Stories, texts: Sequence[str]) -> Scores:
     sentences = [sentence.valid for parse in parses for sentence in parse.sentences]
     coherent = [parse for parse in parses if parse.coherent]
     factors = {tuple(sorted(parse.factor.items())) for parse in coherent}
-    return Scores(
-        Proportion(sum(sentences), len(sentences)), Proportion(len(coherent), len(parses)), len(factors)
-    )
+    return Scores(Proportion(sum(sentences), len(sentences)), Proportion(len(coherent), len(parses)), len(factors))
 
 
 def held_out_prompts(config: DataConfig, seed: int, count: int) -> list[str]:

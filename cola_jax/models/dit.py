@@ -116,7 +116,7 @@ class BlockCausalDiT(nn.Module):
         self.time_in = Linear((config.dim,), (None, "time"), dtype=dtype)
         self.time_hidden = Linear((config.dim,), ("time", None), dtype=dtype)
         self.time_out = Linear((config.time_dim,), (None, "time"), dtype=dtype)
-        self.layers = scan_layers(Layer, config.num_layers, config.remat)(config, dtype)
+        self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll)(config, dtype)
         self.out_norm = LayerNorm(config.norm_eps)
         self.out_modulation = Modulation((2, config.dim), dtype)
         self.out_layer = Linear((config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
@@ -216,7 +216,9 @@ class BlockCausalDiT(nn.Module):
             clean_mask, history_mask = clean_mask & same, history_mask & same
             by_block = segment_ids.reshape(segment_ids.shape[0], -1, config.block_size)
             block_mask = by_block[..., :, None] == by_block[..., None, :]
-        block_mask = jnp.broadcast_to(block_mask, (block_mask.shape[0], length // config.block_size, *block_mask.shape[2:]))
+        block_mask = jnp.broadcast_to(
+            block_mask, (block_mask.shape[0], length // config.block_size, *block_mask.shape[2:])
+        )
         history_mask, block_mask = jnp.tile(history_mask, (1, copies, 1)), jnp.tile(block_mask, (1, copies, 1, 1))
         dropped = None
         if drop_history is not None:

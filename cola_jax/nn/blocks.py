@@ -72,7 +72,7 @@ _REMAT_POLICIES = {
 }
 
 
-def scan_layers(layer: type[nn.Module], length: int, remat: str = "none") -> type[nn.Module]:
+def scan_layers(layer: type[nn.Module], length: int, remat: str = "none", unroll: int = 1) -> type[nn.Module]:
     """``length`` copies of ``layer``, parameters stacked on a leading axis "layers".
 
     The layer's call is ``(carry, history, context) -> (carry, output)``: ``history`` has a leading layer axis
@@ -80,6 +80,7 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str = "none") -> typ
 
     Args:
       remat: what the backward pass computes again: "none", "full" (all), "dots" (all but matmul results).
+      unroll: layers compiled one after another in each turn of the loop.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
@@ -90,5 +91,6 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str = "none") -> typ
         in_axes=(0, nn.broadcast),
         out_axes=0,
         length=length,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -44,7 +44,6 @@ def terms(
     return out | _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, reference)
 
 
-
 def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, reference) -> dict[str, Term]:
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
     latents = (segments > 0).astype(jnp.float32)

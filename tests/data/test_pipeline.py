@@ -27,9 +27,7 @@ def text_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     rng = np.random.default_rng(0)
     path.write_text("\n\n".join(f"{i} " + "x" * rng.integers(1, 88) for i in range(60)), encoding="utf-8")
-    return DataConfig(
-        corpus="text", files=str(path), tokenizer="bytes", sequence_length=64, batch_size=4, holdout=0.2
-    )
+    return DataConfig(corpus="text", files=str(path), tokenizer="bytes", sequence_length=64, batch_size=4, holdout=0.2)
 
 
 def _take(iterator, count: int) -> list[dict]:
@@ -174,7 +172,10 @@ def test_a_new_process_goes_on_exactly(tmp_path):
     fields = dataclasses.asdict(config)
     result = subprocess.run(
         [sys.executable, "-c", _NEW_PROCESS, json.dumps([fields, iterator.get_state(), str(tmp_path / "model")])],
-        env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     tokens, fingerprint = json.loads(result.stdout)
@@ -235,8 +236,13 @@ def test_fingerprints_are_json_and_equal_for_equal_data(text_config, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"packing": "pad"}, {"align": 8}, {"sequence_length": 128}, {"batch_size": 8}, {"num_workers": 2},
-        {"num_stories": 30}, {"holdout": 0.5},
+        {"packing": "pad"},
+        {"align": 8},
+        {"sequence_length": 128},
+        {"batch_size": 8},
+        {"num_workers": 2},
+        {"num_stories": 30},
+        {"holdout": 0.5},
     ],
     ids=str,
 )
@@ -244,9 +250,7 @@ def test_fingerprints_name_what_changed(changes):
     config = DataConfig(num_stories=20)
     ((name, value),) = changes.items()
     changed = dataclasses.replace(config, **changes)
-    lines = pipeline.difference(
-        pipeline.fingerprint(config, TOKENIZER, 0), pipeline.fingerprint(changed, TOKENIZER, 0)
-    )
+    lines = pipeline.difference(pipeline.fingerprint(config, TOKENIZER, 0), pipeline.fingerprint(changed, TOKENIZER, 0))
     assert f"{name}: {getattr(config, name)} -> {value}" in lines
 
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from cola_jax.data import stories_templates as templates
 from cola_jax.config import StoriesConfig
+from cola_jax.data import stories_templates as templates
 from cola_jax.data.stories import Stories, split_sentences
 
 SLOTS = ("who", "where", "goal", "mood", "ending")

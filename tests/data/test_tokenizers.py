@@ -181,7 +181,11 @@ def test_wrong_model_files_are_named(trained, tmp_path, content):
 def _foreign_model(**options) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_texts(0)), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(_texts(0)),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
         **options,
     )
     return model.getvalue()

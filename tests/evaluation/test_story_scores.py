@@ -28,9 +28,7 @@ def test_true_stories_score_full_marks_and_broken_ones_do_not():
     scores = evaluation.score(stories, texts)
     assert scores.valid.mean == scores.coherent.mean == 1.0 and scores.factors > 20
     # The last sentence of another story: every sentence valid, few stories coherent.
-    swapped = [
-        a.rsplit(". ", 1)[0] + ". " + b.rsplit(". ", 1)[1] for a, b in zip(texts, texts[1:], strict=False)
-    ]
+    swapped = [a.rsplit(". ", 1)[0] + ". " + b.rsplit(". ", 1)[1] for a, b in zip(texts, texts[1:], strict=False)]
     scores = evaluation.score(stories, swapped)
     assert scores.valid.mean == 1.0 and scores.coherent.mean < 0.5
     scores = evaluation.score(stories, ["no story at all", ""])

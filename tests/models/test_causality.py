@@ -24,8 +24,8 @@ def same(document):
 def changed_positions(function, x, other) -> np.ndarray:
     """[outputs, inputs] bool: whether output i changes, in any bit, when input j of ``x`` becomes that of ``other``."""
     base = np.asarray(function(x))
-    columns = [np.any(np.asarray(function(x.at[:, j].set(other[:, j]))) != base, axis=(0, 2)) for j in range(x.shape[1])]
-    return np.stack(columns, axis=1)
+    moved = [np.asarray(function(x.at[:, j].set(other[:, j]))) for j in range(x.shape[1])]
+    return np.stack([np.any(one != base, axis=(0, 2)) for one in moved], axis=1)
 
 
 @pytest.mark.parametrize("documents", [ONE_DOCUMENT, THREE_DOCUMENTS], ids=["one", "three"])
@@ -42,14 +42,15 @@ class TestTextVAE:
         other = jnp.where(other == x, (x + 1) % 10, other)
         allowed = np.repeat(self.allowed(attention, documents), patch, axis=1)
         for part in range(2):  # mean, log-variance
-            changed = changed_positions(lambda t, part=part: apply(model, params, t, documents, method="encode")[part], x, other)
+            changed = changed_positions(
+                lambda t, part=part: apply(model, params, t, documents, method="encode")[part], x, other
+            )
             np.testing.assert_array_equal(changed, allowed)
 
     def test_decoder(self, attention, patch, documents):
         model, params = create({"attention": attention, "patch_size": patch})
-        changed = changed_positions(
-            lambda z: apply(model, params, z, documents, method="decode"), normal(1, LENGTH, 4), normal(1, LENGTH, 4, seed=1)
-        )
+        z, other = normal(1, LENGTH, 4), normal(1, LENGTH, 4, seed=1)
+        changed = changed_positions(lambda z: apply(model, params, z, documents, method="decode"), z, other)
         np.testing.assert_array_equal(changed, np.repeat(self.allowed(attention, documents), patch, axis=0))
 
 

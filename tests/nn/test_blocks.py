@@ -43,12 +43,11 @@ def test_layer_norm():
 
 
 def test_layer_norm_of_bfloat16_computes_in_float32():
-    """bfloat16 statistics of a large mean would lose the signal."""
-    x = (100 + jnp.arange(8.0)[None]).astype(jnp.bfloat16)
-    y = LayerNorm(1e-6, affine=False).apply({}, x)
+    """The mean, 100.125, is no bfloat16 number: its neighbour is 100."""
+    x = np.array([[100.0] * 7 + [101.0]])
+    y = LayerNorm(1e-6, affine=False).apply({}, jnp.asarray(x, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    expected = (np.arange(8) - 3.5) / np.std(np.arange(8))
-    assert_close(y.astype(jnp.float32), expected[None], 0.005)
+    assert_close(y.astype(jnp.float32), (x - x.mean()) / x.std(), 0.005)
 
 
 class Layer(nn.Module):

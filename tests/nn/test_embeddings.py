@@ -19,7 +19,8 @@ def test_rope_turns_each_pair_of_channels(interleaved):
         expected[..., 0:6:2], expected[..., 1:6:2] = turned.real, turned.imag
     else:
         expected[..., 0:3], expected[..., 3:6] = turned.real, turned.imag
-    actual = embeddings.apply_rope(jnp.asarray(x), embeddings.rope_angles(jnp.asarray(positions), dim, theta), interleaved)
+    ours = embeddings.rope_angles(jnp.asarray(positions), dim, theta)
+    actual = embeddings.apply_rope(jnp.asarray(x), ours, interleaved)
     assert_close(actual, expected, 1e-6)
     np.testing.assert_array_equal(actual[..., 6:], x[..., 6:])
 

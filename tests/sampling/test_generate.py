@@ -26,7 +26,8 @@ MODELS = {
 # Nothing, less than a block, a block, one position more, more than two blocks.
 LENGTHS = {"patch1": (0, 3, 4, 5, 9), "patch2": (0, 6, 8, 10, 18)}
 SETTINGS = {
-    "patch1": Settings(steps=STEPS, guidance_scale=3.0, max_new_tokens=7, repetition_penalty=1.5),
+    # A penalty below 1 favours what was generated: then which tokens count as such decides what comes next.
+    "patch1": Settings(steps=STEPS, guidance_scale=3.0, max_new_tokens=7, repetition_penalty=0.2),
     "patch2": Settings(steps=STEPS, guidance_scale=3.0, max_new_tokens=16),
 }
 NOISE = normal(5, 4, BLOCK, CHANNELS, seed=3)
@@ -54,6 +55,7 @@ def reference(name, prompt, noise, settings):
     known = jnp.arange(LATENTS) < len(prompt) // patch
     mean = apply(model, params, padded, known[None].astype(jnp.int32), method="encode").mean
     sequence = np.where(known[:, None], model.normalize(mean)[0], 0.0)
+    penalty = settings.repetition_penalty
     known, start, new, latents = np.asarray(known), len(prompt) // patch // BLOCK * BLOCK, [], []
 
     def velocity(here, time):
@@ -81,7 +83,7 @@ def reference(name, prompt, noise, settings):
         logits = np.array(logits[0, start * patch : (start + BLOCK) * patch])
         for token in set(new):
             column = logits[:, token]
-            logits[:, token] = np.where(column > 0, column / settings.repetition_penalty, column * settings.repetition_penalty)
+            logits[:, token] = np.where(column > 0, column / penalty, column * penalty)
         latents.append(sequence[here].copy())
         new += [int(token) for token in logits.argmax(-1)][max(0, len(prompt) - start * patch) :]
         start += BLOCK
@@ -113,9 +115,10 @@ def test_what_the_prompt_fills_stays_in_the_first_block():
     model, params = create(*MODELS["patch1"])
     latents = generated("patch1", SETTINGS["patch1"]).latents
     for row, prompt in ((1, 3), (3, 1), (4, 1)):
-        ids = jnp.zeros((1, LATENTS), jnp.int32).at[0, : LENGTHS["patch1"][row]].set(jnp.array(prompts_of("patch1")[row]))
+        length = LENGTHS["patch1"][row]
+        ids = jnp.zeros((1, LATENTS), jnp.int32).at[0, :length].set(jnp.array(prompts_of("patch1")[row]))
         mean = apply(model, params, ids, jnp.ones((1, LATENTS), jnp.int32), method="encode").mean[0]
-        first = LENGTHS["patch1"][row] // BLOCK * BLOCK
+        first = length // BLOCK * BLOCK
         assert_close(latents[row, 0, :prompt], mean[first : first + prompt], 1e-5)
 
 
@@ -123,7 +126,7 @@ def test_a_second_batch_of_the_same_size_compiles_nothing():
     model, params = create(*MODELS["patch1"])
     generated("patch1", SETTINGS["patch1"])
     before = MODULE._generate._cache_size()
-    others = [[1, 2], [], [3] * 12, [4], [5] * 7]
+    others = [[1, 2], [], [3] * 16, [4], [5] * 7]  # up to 4 blocks, as before up to 3
     out = quickly(sampling.generate, model, params, others, SETTINGS["patch1"], noise=NOISE)
     assert MODULE._generate._cache_size() == before
     assert np.any(out.tokens != generated("patch1", SETTINGS["patch1"]).tokens)
@@ -132,9 +135,7 @@ def test_a_second_batch_of_the_same_size_compiles_nothing():
 def keyed(prompts, seed=0, sample_ids=None, **changes):
     model, params = create(*MODELS["patch1"])
     settings = settings_of("patch1", **{"temperature": 0.8, **changes})
-    return quickly(
-        sampling.generate, model, params, prompts, settings, key=jax.random.key(seed), sample_ids=sample_ids
-    )
+    return quickly(sampling.generate, model, params, prompts, settings, key=jax.random.key(seed), sample_ids=sample_ids)
 
 
 def test_a_sample_depends_on_its_key_and_id_alone():
@@ -145,19 +146,17 @@ def test_a_sample_depends_on_its_key_and_id_alone():
     moved = keyed([prompts[i] for i in order], sample_ids=order)
     np.testing.assert_array_equal(moved.tokens, together.tokens[np.array(order)])
     assert_close(moved.latents, together.latents[np.array(order)], 1e-5)
-    for row in (1, 4):  # alone they are padded to 1 and to 4 blocks
-        alone = keyed([prompts[row]], sample_ids=[row])
-        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
-        blocks = -(-(LENGTHS["patch1"][row] % BLOCK + 7) // BLOCK)
-        assert_close(alone.latents[0, :blocks], together.latents[row, :blocks], 1e-5)
+    alone = keyed([prompts[1]], sample_ids=[1])  # padded to 1 block, not to 4
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
+    assert_close(alone.latents[0], together.latents[1], 1e-5)
 
 
 def test_the_seed_decides():
-    prompts = [[1, 2, 3]] * 5
+    prompts = [[1, 2, 3]] * 4 + [[1] * 9]
     first, again, other = keyed(prompts), keyed(prompts), keyed(prompts, seed=1)
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert np.any(first.tokens != other.tokens)
-    assert len(np.unique(first.latents[:, 0, 3, 0])) == 5  # samples of one prompt differ
+    assert len(np.unique(first.latents[:4, 0, 3, 0])) == 4  # samples of one prompt differ
 
 
 def test_the_noise_of_a_key_given_as_noise_is_the_same():
@@ -186,12 +185,11 @@ def test_a_sequence_ends_before_its_first_end_of_text():
         np.testing.assert_array_equal(tokens_out[length:], 0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_bfloat16_models_generate(temperature):
+def test_bfloat16_models_generate():
     """Caches and state keep one type through the loop; nothing is computed."""
     model, params = create(*MODELS["patch2"])
     half = cola.create(model.vae_config, model.dit_config, "bfloat16")
-    settings = settings_of("patch2", temperature=temperature)
+    settings = settings_of("patch2", temperature=0.5)
     out = jax.eval_shape(
         lambda params, key: sampling.generate(half, params, [[1, 2]], settings, key=key), params, jax.random.key(0)
     )

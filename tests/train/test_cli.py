@@ -81,3 +81,18 @@ def test_other_endings(place):
     assert (diverged.returncode, diverged.stderr) == (3, "error: stage 1, step 3: loss is nan\n")
     stopped = call(place, "--config=good.py", "--config.seed=3")
     assert (stopped.returncode, stopped.stdout) == (143, "stopped by SIGTERM\n")
+
+
+def test_huge_pages_restart_keeps_the_command(place):
+    (place / "long.py").write_text(
+        "import os, sys\n"
+        "from cola_jax import cli\n"
+        "def main(arguments):\n"
+        "    print(arguments, os.environ['GLIBC_TUNABLES'])\n"
+        "cli.run(main, arguments=True, huge_pages=True)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
+    command = [sys.executable, "long.py", "one", "two words"]
+    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    expected = "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1" if sys.platform == "linux" else ""
+    assert result.stdout == f"['one', 'two words'] {expected}\n", result.stderr
