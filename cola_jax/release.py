@@ -1,9 +1,14 @@
-"""Checkpoints in the released layout: ``cola_vae/`` and ``cola_dit/``, each config.json + model.safetensors (SPEC 9)."""
+"""Reads checkpoints in the released layout (SPEC 9).
+
+A directory holds ``cola_vae/`` and ``cola_dit/``, each with config.json and model.safetensors.
+"""
 
 import json
 import pathlib
 import re
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -77,8 +82,22 @@ _DIT |= {"txt_out_norm.weight": "out_norm.scale", "txt_out_norm.bias": "out_norm
 _DERIVED = re.compile(r"blocks\.\d+\.msa\.rope\.rope\.freqs")
 
 
+# Options of which only one value is supported.
+_VAE_FIXED = {"act": "swiglu", "shared_heads_kv": 1, "layer_norm_type": "layer_norm", "use_emb": True}
+_DIT_FIXED = {"patch_size": 1}
+
+
+def _refuse_others(part: str, released: dict, supported: dict) -> None:
+    for name, value in supported.items():
+        if released.get(name, value) != value:
+            raise UserError(f"{part}/config.json: {name} = {released[name]!r}: supported is {value!r}")
+
+
 def vae_config(released: dict) -> VAEConfig:
-    """Our config of a released cola_vae/config.json."""
+    """Our config of a released cola_vae/config.json; raises UserError for an option that is not supported."""
+    _refuse_others("cola_vae", released, _VAE_FIXED)
+    if not (released["causal"] or released["block_causal"]):
+        raise UserError("cola_vae/config.json: causal = block_causal = False: supported is one of them")
     return VAEConfig(
         vocab_size=released["vocab_size"],
         dim=released["dim"],
@@ -107,7 +126,8 @@ def vae_config(released: dict) -> VAEConfig:
 
 
 def dit_config(released: dict) -> DiTConfig:
-    """Our config of a released cola_dit/config.json."""
+    """Our config of a released cola_dit/config.json; raises UserError for an option that is not supported."""
+    _refuse_others("cola_dit", released, _DIT_FIXED | {"txt_out_channels": released["txt_in_channels"]})
     return DiTConfig(
         latent_dim=released["txt_in_channels"],
         block_size=released["block_size"],
@@ -144,16 +164,13 @@ def _flat(tree, prefix=""):
 def _read_part(folder: pathlib.Path, names: dict[str, str], abstract: dict) -> dict:
     """The parameter tree of one part, every tensor accounted for."""
     file = folder / "model.safetensors"
-    wanted = {}
-    for theirs, path in names.items():
-        pattern = re.compile(re.escape(theirs).replace(r"\{i\}", r"(\d+)") + "$")
-        wanted[path] = (theirs, pattern)
+    released_name = {path: theirs for theirs, path in names.items()}
     try:
         with safe_open(file, framework="numpy") as tensors:
             present = set(tensors.keys())
             tree: dict = {}
             for path, leaf in _flat(abstract):
-                theirs, _ = wanted[path]
+                theirs = released_name[path]
                 stacked = "{i}" in theirs
                 used = [theirs.replace("{i}", str(i)) for i in range(leaf.shape[0])] if stacked else [theirs]
                 if missing := [name for name in used if name not in present]:
@@ -184,9 +201,6 @@ def load(path) -> tuple[cola.ColaDLM, Params]:
     Raises:
       UserError: a part, tensor or option that is missing or does not fit.
     """
-    import flax.linen as nn
-    import jax
-
     root = pathlib.Path(path)
     read = {}
     for part in ("cola_vae", "cola_dit"):
