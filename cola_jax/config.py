@@ -315,7 +315,7 @@ class Config:
 
     def validate(self) -> None:
         """Raises UserError for the first field that is out of range or at odds with another."""
-        _require_at_least(0, "seed", self, "seed")
+        _require(self.seed >= 0, "seed", self.seed, "a number of at least 0")
         for name in ("data", "vae", "dit", "stage1", "stage2", "train", "sample"):
             getattr(self, name).validate()
         self.optimizer1.validate("optimizer1")
@@ -387,7 +387,7 @@ def _convert(value, kind, path: str):
     return value
 
 
-def _build(cls, values: Mapping, path: str = ""):
+def _build(cls, values, path: str = ""):
     if not isinstance(values, Mapping):
         raise UserError(f"config.{path} = {values!r}: allowed is a group of fields")
     hints = typing.get_type_hints(cls)

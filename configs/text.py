@@ -35,9 +35,9 @@ def get_config():
         block_position=True,
         no_history_vector=True,
     )
-    config.stage1.update(steps=600, kl_weight=1e-3, mask_weight=0.1)
+    config.stage1.update(steps=250, kl_weight=1e-3, mask_weight=0.1)
     config.stage2.update(
-        steps=800, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
+        steps=250, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
     )
     config.optimizer1.update(learning_rate=2e-3, warmup_steps=50)
     config.optimizer2.update(learning_rate=3e-3, warmup_steps=50, ema=0.99)

@@ -71,11 +71,12 @@ def jit(function, **options):
 
 def quickly(function, *args, **kwargs):
     """Calls a function whose own `jax.jit` then compiles fast."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         return function(*args, **kwargs)
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

@@ -59,16 +59,17 @@ class Layer(nn.Module):
         return x + h, h
 
 
-def stack(remat):
-    layers = scan_layers(Layer, 3, remat)(name="layers")
+def stack(remat, unroll=1):
+    layers = scan_layers(Layer, 3, remat, unroll)(name="layers")
     x, history, context = normal(2, 4), normal(3, 2, 4, seed=1), normal(2, 4, seed=2)
     params = nn.unbox(jax.eval_shape(layers.init, jax.random.key(0), x, history, context))
     params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=len(leaf.shape)), params)
     return layers, params, (x, history, context)
 
 
-def test_scan_stacks_parameters_and_equals_a_loop():
-    layers, params, (x, history, context) = stack("none")
+@pytest.mark.parametrize("unroll", [1, 2, 8])
+def test_scan_stacks_parameters_and_equals_a_loop(unroll):
+    layers, params, (x, history, context) = stack("none", unroll)
     carry, outputs = layers.apply(params, x, history, context)
     for i in range(3):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], params)
