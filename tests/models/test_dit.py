@@ -8,7 +8,6 @@ from models.tiny_models import (
     BLOCK,
     apply,
     assert_close,
-    assert_trees_close,
     create,
     dit_config,
     jit,
@@ -150,22 +149,13 @@ def test_cached_blocks_equal_the_training_layout():
     assert_close(alone, block(dropped), 1e-5)
 
 
-def test_remat_changes_neither_velocity_nor_gradients():
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_layers_are_computed_again_where_told(remat):
+    """That values and gradients stay the same is shown of `scan_layers`; here, that the option arrives there."""
     model, params = create()
-
-    def gradients_and_value(remat):
-        other = cola.create(model.vae_config, dataclasses.replace(model.dit_config, remat=remat))
-
-        def loss(params):
-            velocity = other.apply(params, NOISY, TIMES, method="velocity")
-            return jnp.sum(jnp.square(velocity)), velocity
-
-        return jit(jax.grad(loss, has_aux=True))({"params": {"dit": params["params"]["dit"]}})
-
-    gradients, velocity = gradients_and_value("none")
-    actual_gradients, actual = gradients_and_value("dots")
-    assert_close(actual, velocity, 1e-5)
-    assert_trees_close(actual_gradients, gradients, 1e-4)
+    other = cola.create(model.vae_config, dataclasses.replace(model.dit_config, remat=remat))
+    trace = jax.make_jaxpr(lambda params: other.apply(params, NOISY, TIMES, method="velocity"))(params)
+    assert ("prevent_cse" in str(trace)) == (remat != "none")
 
 
 ZERO = ("attention_modulation", "attention_gate", "mlp_modulation", "mlp_gate")

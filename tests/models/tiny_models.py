@@ -71,7 +71,7 @@ def jit(function, **options):
 
 def quickly(function, *args, **kwargs):
     """Calls a function whose own `jax.jit` then compiles fast."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         return function(*args, **kwargs)
