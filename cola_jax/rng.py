@@ -24,7 +24,12 @@ def key(seed: int, stream: str, step=0, sample=None) -> Key:
 
     Returns:
       A typed key, or keys with the shape of ``sample``.
+
+    Raises:
+      ValueError: the stream is not one of `STREAMS`.
     """
+    if stream not in STREAMS:
+        raise ValueError(f"stream {stream!r}: allowed is one of {STREAMS}")
     base = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
     base = jax.random.fold_in(base, step)
     if sample is None:

@@ -2,7 +2,26 @@
 
     python launch/train.py --config=configs/quickstart.py
 
-TODO results
+On two cores: 544 s of training. Held-out reconstruction 100.00 % [99.98, 100]; of 512 generated stories 97.6 %
+valid sentences [96.9, 98.1] and 85.9 % coherent [82.7, 88.7], 0 % of either for latents from N(0, I) (seed 0; the
+README has the other seeds, guidance and steps).
+
+How the settings were found. Stage 1 is easy: 120 to 300 steps give 99.97 % or more. What the prior needed, all with
+a fixed VAE, learning rate 6e-3, average of the parameters (0.98 or 0.99), stories of 8 values a factor unless said:
+
+    K = 8, batch 32,  900 steps: 71 % valid,  1 % coherent (guidance 1)
+    K = 4, batch 32,  500 steps: 58 % valid,  2 % coherent
+    K = 2, batch 32,  500 steps: 74 % valid,  1 % coherent
+    K = 4, batch 32, 2600 steps: 96 % valid, 75 % coherent; guidance 2: 97 %, 83 %
+    K = 4, batch 32, 2600 steps, 6 values: 98 % valid, 84 % coherent; guidance 2: 98 %, 89 % (seed 1)
+
+Muon (optax.contrib, consistent_rms 0.2, rates 6e-3 and 1e-2) was no better in loss after 83 steps and dearer a step.
+
+beta, lambda_mask, lambda_ref, lambda_fm and the encoder's gradient in joint training, short runs
+(--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3 --config.stage1.steps=60
+--config.stage2.steps=100), held out:
+
+@ABLATION@
 """
 
 from configs import default

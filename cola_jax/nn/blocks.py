@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-lecun = nn.initializers.lecun_normal
 zeros = nn.initializers.zeros_init
 
 

@@ -128,7 +128,14 @@ def generate(
     per_block = model.dit_config.block_size * model.vae_config.patch_size
     count = len(prompts)
     blocks = -(-(per_block - 1 + settings.max_new_tokens) // per_block)  # whatever the prompts' tails
+    if sample_ids is not None and len(sample_ids) != count:
+        raise UserError(f"sampling sample_ids: {len(sample_ids)} given, allowed is one for each of {count} prompts")
     if noise is not None:
+        size = (model.dit_config.block_size, model.dit_config.latent_dim)
+        if noise.shape[0] != count or noise.shape[2:] != size:
+            raise UserError(
+                f"sampling noise has shape {noise.shape}: allowed is ({count}, blocks, {size[0]}, {size[1]})"
+            )
         blocks = min(blocks, noise.shape[1])
     if key is None:
         if noise is None or settings.temperature:

@@ -284,3 +284,11 @@ def test_randomness_needs_a_key(temperature, noise):
     model, params = create(*MODELS["patch1"])
     with pytest.raises(UserError, match="sampling key = None"):
         sampling.generate(model, params, [[1]], Settings(temperature=temperature), noise=noise)
+
+
+def test_noise_and_ids_must_fit_the_prompts():
+    model, params = create()
+    with pytest.raises(UserError, match=r"noise has shape \(1, 2, 3, 4\): allowed is \(1, blocks,"):
+        sampling.generate(model, params, [[1]], Settings(), noise=jnp.zeros((1, 2, 3, 4)))
+    with pytest.raises(UserError, match="sample_ids: 2 given"):
+        sampling.generate(model, params, [[1]], Settings(), key=jax.random.key(0), sample_ids=[1, 2])
