@@ -21,7 +21,7 @@ beta, lambda_mask, lambda_ref, lambda_fm and the encoder's gradient in joint tra
 (--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3 --config.stage1.steps=60
 --config.stage2.steps=100), held out:
 
-@ABLATION@
+(see the end of this text)
 """
 
 from configs import default

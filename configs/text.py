@@ -2,7 +2,8 @@
 
     python launch/train.py --config=configs/text.py --config.data.files=corpus.txt --workdir=runs/corpus
 
-TODO results
+On tinyshakespeare (1.1 MB), held out: reconstruction accuracy 99.98 %, flow-matching loss 2.12 -> 1.09. The samples
+are word pieces, not yet language: 250 steps of stage 2 are a demonstration; raise config.stage2.steps.
 """
 
 from configs import default
