@@ -17,11 +17,15 @@ a fixed VAE, learning rate 6e-3, average of the parameters (0.98 or 0.99), stori
 
 Muon (optax.contrib, consistent_rms 0.2, rates 6e-3 and 1e-2) was no better in loss after 83 steps and dearer a step.
 
-beta, lambda_mask, lambda_ref, lambda_fm and the encoder's gradient in joint training, short runs
-(--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3 --config.stage1.steps=60
---config.stage2.steps=100), held out:
+beta in joint training, short runs (--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3
+--config.stage1.steps=60 --config.stage2.steps=100, lambda_mask 0.1, lambda_fm 1, lambda_ref 0.01, encoder gradient
+on), held out after stage 2; accuracy 100 % and no collapse in both. A flow loss compares only at equal logSNR.
 
-(see the end of this text)
+    beta   logSNR  flow loss  mask loss  KL to the reference
+    1e-3     5.17      0.852       2.82                 0.75
+    1e-2     2.89      0.803       2.66                15.19
+
+Not varied yet: lambda_mask, lambda_fm, lambda_ref, the encoder's gradient.
 """
 
 from configs import default
