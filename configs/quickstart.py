@@ -17,15 +17,19 @@ a fixed VAE, learning rate 6e-3, average of the parameters (0.98 or 0.99), stori
 
 Muon (optax.contrib, consistent_rms 0.2, rates 6e-3 and 1e-2) was no better in loss after 83 steps and dearer a step.
 
-beta in joint training, short runs (--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3
+Weights in joint training, short runs (--config.stage2.strategy=joint --config.stage2.vae_learning_rate_ratio=0.3
 --config.stage1.steps=60 --config.stage2.steps=100, lambda_mask 0.1, lambda_fm 1, lambda_ref 0.01, encoder gradient
-on), held out after stage 2; accuracy 100 % and no collapse in both. A flow loss compares only at equal logSNR.
+on), held out after stage 2; accuracy 100 % in all. A flow loss compares only at equal logSNR.
 
-    beta   logSNR  flow loss  mask loss  KL to the reference
-    1e-3     5.17      0.852       2.82                 0.75
-    1e-2     2.89      0.803       2.66                15.19
+    setting                     logSNR  flow loss  mask loss  KL to the reference
+    beta 1e-3                     5.17      0.852       2.82                 0.75
+    beta 1e-2                     2.89      0.803       2.66                15.19
+    beta 1e-3, lambda_ref 0       7.30      0.035       2.93    (not constrained)
+    beta 1e-3, gradient off       4.90      0.855       2.83                 0.29
 
-Not varied yet: lambda_mask, lambda_fm, lambda_ref, the encoder's gradient.
+Without the reference term the encoder makes the flow loss small by moving the latents: keep lambda_ref > 0.
+
+Not varied yet: lambda_mask, lambda_fm.
 """
 
 from configs import default
