@@ -109,6 +109,8 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def claim_workdir(config: Config, workdir: Path) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
+    The mesh may differ: it says where a run is computed, not what.
+
     Raises:
       UserError: another config; names each field that differs. Nothing is touched.
     """
@@ -120,7 +122,8 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         except ValueError as error:
             raise UserError(f"{path}: not a JSON file ({error}); allowed is the file that the run wrote") from error
         before, after = _flat(saved), _flat(now)
-        fields = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        names = [name for name in {**before, **after} if not name.startswith("train.mesh_")]
+        fields = [name for name in names if before.get(name) != after.get(name)]
         if fields:
             changes = ", ".join(f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in fields)
             raise UserError(f"{workdir}: holds a run with another config ({changes}); choose another --workdir")
