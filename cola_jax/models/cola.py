@@ -22,10 +22,11 @@ class ColaDLM(nn.Module):
     vae_config: VAEConfig
     dit_config: DiTConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    stacked: bool = True  # see `BlockCausalDiT`
 
     def setup(self):
         self.vae = TextVAE(self.vae_config, self.dtype)
-        self.dit = BlockCausalDiT(self.dit_config, self.dtype)
+        self.dit = BlockCausalDiT(self.dit_config, self.dtype, self.stacked)
 
     def encode(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None) -> Posterior:
         """Posterior of the latents [B, N, D], before normalisation; see `TextVAE.encode`."""
@@ -69,9 +70,13 @@ class ColaDLM(nn.Module):
         """See `TextVAE.decode_next`."""
         return self.vae.decode_next(latents, cache, cache_mask, positions)
 
-    def extend(self, latents, times, positions, cache, cache_mask, pinned=None, drop_history=None):
+    def extend(self, latents, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None):
         """See `BlockCausalDiT.extend`."""
-        return self.dit.extend(latents, times, positions, cache, cache_mask, pinned, drop_history)
+        return self.dit.extend(latents, time, positions, cache, cache_mask, own_mask, pinned, modulations)
+
+    def modulations(self, times):
+        """See `BlockCausalDiT.modulations`."""
+        return self.dit.modulations(times)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
         """Touches every parameter; for initialisation."""

@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.config import DiTConfig
 from cola_jax.nn import attention, embeddings, masks
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
+from cola_jax.types import Params
 
 KV = tuple[Array, Array]
 
@@ -20,7 +22,7 @@ class _Stream(NamedTuple):
     that are clean data at time 0 instead (or None).
     """
 
-    time: Array  # [B or 1, M, E]
+    time: Array | None  # [B or 1, M, E]; None: a row of the layer's modulation table serves all
     pinned: Array | None  # [B, N] bool
     angles: Array
     mask: Array  # self-attention [#B, N, N], or own blocks [#B, G, K, K] where there is a history
@@ -30,25 +32,45 @@ class _Stream(NamedTuple):
 class _Context(NamedTuple):
     noisy: _Stream
     clean: _Stream | None  # the clean copy whose keys and values are the history, in training
-    time_zero: Array  # [1, 1, E], activation of the embedding of t = 0
+    time_zero: Array | None  # [1, 1, E], activation of the embedding of t = 0; None with a modulation table
+    index: Array | None = None  # row of the modulation tables
+
+
+class Modulations(NamedTuple):
+    """Shifts, scales and gates of every layer for a grid of M times, so that no step computes them again.
+
+    Attributes:
+      layers: of each layer (see `Layer.modulations`), [layers, M, parts, C], or a tuple with an entry a layer.
+      output: of the output head, [M, 2, C].
+    """
+
+    layers: tuple
+    output: Array
+
+
+def _spread(values, zero, pinned, length: int) -> list[Array]:
+    """Modulations [B, M, parts, C] of M equal stretches, for each of ``length`` positions: parts times [B, N, C].
+
+    Pinned positions take those of time 0, ``zero`` [1, 1, parts, C].
+    """
+    batch, distinct, parts, channels = values.shape
+    if distinct > 1:
+        values = jnp.broadcast_to(values[:, :, None], (batch, distinct, length // distinct, parts, channels))
+        values = values.reshape(batch, length, parts, channels)
+    if pinned is not None:
+        values = jnp.where(pinned[:, :, None, None], zero, values)
+    return [values[:, :, part] for part in range(parts)]
 
 
 class Modulation(nn.Module):
-    """Linear maps of the time embedding, evaluated once per distinct time and spread over positions."""
+    """Linear map of the time embedding [B, M, E] to [B, M, parts, C], zero at the start."""
 
     features: tuple[int, ...]
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, stream: _Stream, time_zero: Array, length: int) -> list[Array]:
-        linear = Linear(self.features, ("time", None, "embed"), zero=True, dtype=self.dtype, name="linear")
-        values = linear(stream.time)  # [B, M, parts, C]
-        batch, distinct, parts, channels = values.shape
-        spread = jnp.broadcast_to(values[:, :, None], (batch, distinct, length // distinct, parts, channels))
-        spread = spread.reshape(batch, length, parts, channels)
-        if stream.pinned is not None:
-            spread = jnp.where(stream.pinned[:, :, None, None], linear(time_zero), spread)
-        return [spread[:, :, part] for part in range(parts)]
+    def __call__(self, time: Array) -> Array:
+        return Linear(self.features, ("time", None, "embed"), zero=True, dtype=self.dtype, name="linear")(time)
 
 
 class Layer(nn.Module):
@@ -73,24 +95,32 @@ class Layer(nn.Module):
         self.mlp_modulation = Modulation((2, config.dim), dtype)
         self.mlp_gate = Modulation((1, config.dim), dtype)
 
-    def __call__(self, carry, cache: KV | None, context: _Context):
+    def __call__(self, carry, inputs, context: _Context):
+        cache, table = (None, None) if inputs is None else inputs
         noisy, clean = carry
         if clean is not None:
-            clean, cache = self._one(clean, None, context.clean, context.time_zero)
-        noisy, kv = self._one(noisy, cache, context.noisy, context.time_zero)
+            clean, cache = self._one(clean, None, context.clean, context)
+        noisy, kv = self._one(noisy, cache, context.noisy, context, table)
         # Keys and values leave the scan only where a cache will take them.
         return (noisy, clean), (None if clean is not None else kv)
 
-    def _one(self, x, history: KV | None, stream: _Stream, time_zero):
-        length = x.shape[1]
-        shift, scale = self.attention_modulation(stream, time_zero, length)
-        (gate,) = self.attention_gate(stream, time_zero, length)
+    def modulations(self, carry, inputs, time: Array):
+        """(carry, modulations of the layer for ``time`` [B, M, E]): each [B, M, parts, C]."""
+        linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
+        return carry, tuple(linear(time) for linear in linears)
+
+    def _one(self, x, history: KV | None, stream: _Stream, context: _Context, table=None):
+        if table is None:
+            _, values = self.modulations(None, None, stream.time)
+            zeros = values if stream.pinned is None else self.modulations(None, None, context.time_zero)[1]
+        else:
+            values, zeros = (tuple(v[i][None, None] for v in table) for i in (context.index, -1))
+        spread = [_spread(v, zero, stream.pinned, x.shape[1]) for v, zero in zip(values, zeros, strict=True)]
+        (shift, scale), (gate,), (mlp_shift, mlp_scale), (mlp_gate,) = spread
         attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, history, stream)
         x = x + gate * attended
-        shift, scale = self.mlp_modulation(stream, time_zero, length)
-        (gate,) = self.mlp_gate(stream, time_zero, length)
-        h = nn.gelu(self.mlp_in(self.norm(x) * (1 + scale) + shift), approximate=True)
-        return x + gate * self.mlp_out(h), kv
+        h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
+        return x + mlp_gate * self.mlp_out(h), kv
 
     def _attention(self, x, history, stream: _Stream):
         qkv = self.qkv(x)
@@ -100,15 +130,29 @@ class Layer(nn.Module):
         if history is None:
             y = attention.attend(q, k, v, stream.mask)
         else:
-            y = attention.attend_history(q, k, v, history, stream.history_mask, stream.mask)
+            # Positions beyond those of the masks are a last block that is alone, without history.
+            seen = stream.history_mask.shape[1]
+            y = attention.attend_history(
+                q[:, :seen], k[:, :seen], v[:, :seen], history, stream.history_mask, stream.mask
+            )
+            if seen < x.shape[1]:
+                alone = attention.attend(q[:, seen:], k[:, seen:], v[:, seen:])
+                y = jnp.concatenate([y, alone], axis=1)
         return self.out(y.reshape(*x.shape[:2], -1)), (k, v)
 
 
 class BlockCausalDiT(nn.Module):
-    """Velocity field of the latent flow, factorised over blocks (3.3, 3.7)."""
+    """Velocity field of the latent flow, factorised over blocks (3.3, 3.7).
+
+    Attributes:
+      config: sizes and options.
+      dtype: of the computation.
+      stacked: False: parameters come as from `unstack`, and caches and modulations as tuples with an entry a layer.
+    """
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    stacked: bool = True
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -116,7 +160,11 @@ class BlockCausalDiT(nn.Module):
         self.time_in = Linear((config.dim,), (None, "time"), dtype=dtype)
         self.time_hidden = Linear((config.dim,), ("time", None), dtype=dtype)
         self.time_out = Linear((config.time_dim,), (None, "time"), dtype=dtype)
-        self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll)(config, dtype)
+        if self.stacked:
+            methods = ("__call__", "modulations")
+            self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll, methods)(config, dtype)
+        else:
+            self.layers = [Layer(config, dtype) for _ in range(config.num_layers)]
         self.out_norm = LayerNorm(config.norm_eps)
         self.out_modulation = Modulation((2, config.dim), dtype)
         self.out_layer = Linear((config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
@@ -142,8 +190,25 @@ class BlockCausalDiT(nn.Module):
             x = x + jnp.where(drop_history[..., None], vector, 0)
         return x
 
-    def _output(self, x, stream: _Stream, time_zero):
-        shift, scale = self.out_modulation(stream, time_zero, x.shape[1])
+    def _apply_layers(self, carry, inputs, context, method: str = "__call__"):
+        """All layers, one after another: (carry, their outputs, stacked or in a tuple)."""
+        if self.stacked:
+            return getattr(self.layers, method)(carry, inputs, context)
+        outputs = []
+        for index, layer in enumerate(self.layers):
+            given = None if inputs is None else tuple(part[index] for part in inputs)
+            carry, output = getattr(layer, method)(carry, given, context)
+            outputs.append(output)
+        return carry, tuple(outputs)
+
+    def _output(self, x, context: _Context, table: Array | None = None):
+        pinned = context.noisy.pinned
+        if table is None:
+            values = self.out_modulation(context.noisy.time)
+            zero = values if pinned is None else self.out_modulation(context.time_zero)
+        else:
+            values, zero = table[context.index][None, None], table[-1][None, None]
+        shift, scale = _spread(values, zero, pinned, x.shape[1])
         return self.out_layer(self.out_norm(x) * (1 + scale) + shift).astype(jnp.float32)
 
     def _angles(self, positions):
@@ -172,8 +237,8 @@ class BlockCausalDiT(nn.Module):
         """
         return self._sequence(latents, times, pinned, segment_ids)[0]
 
-    def prefill(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> KV:
-        """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache."""
+    def prefill(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> tuple:
+        """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache (see `extend`)."""
         return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids)[1]
 
     def _sequence(self, latents, times, pinned, segment_ids):
@@ -184,8 +249,8 @@ class BlockCausalDiT(nn.Module):
             mask = mask & masks.same_segment(segment_ids, segment_ids)
         stream = _Stream(self._time(times), pinned, self._angles(positions), mask)
         context = _Context(stream, None, self._zero())
-        (x, _), kv = self.layers((self._input(latents, positions), None), None, context)
-        return self._output(x, stream, context.time_zero), kv
+        (x, _), kv = self._apply_layers((self._input(latents, positions), None), None, context)
+        return self._output(x, context), kv
 
     def denoise(
         self,
@@ -230,36 +295,70 @@ class BlockCausalDiT(nn.Module):
         clean_stream = _Stream(zero, None, self._angles(positions), clean_mask)
         stream = _Stream(self._time(times), pinned, self._angles(noisy_positions), block_mask, history_mask)
         carry = (self._input(noisy, noisy_positions, dropped), self._input(history, positions))
-        (x, _), _ = self.layers(carry, None, _Context(stream, clean_stream, zero))
-        return self._output(x, stream, zero)
+        context = _Context(stream, clean_stream, zero)
+        (x, _), _ = self._apply_layers(carry, None, context)
+        return self._output(x, context)
+
+    def modulations(self, times: Float[Array, " M"]) -> Modulations:
+        """All modulations for a grid of times in [0, 1], whose last must be 0; for `extend`."""
+        time = self._time(times[None])
+        _, layers = self._apply_layers(None, None, time, method="modulations")
+        first = (lambda x: x[:, 0]) if self.stacked else (lambda x: x[0])
+        return Modulations(jax.tree.map(first, layers), self.out_modulation(time)[0])
 
     def extend(
         self,
-        latents: Float[Array, "B N D"],
-        times: Float[Array, "B M"],
-        positions: Int[Array, "B N"],
-        cache: KV,
+        latents: Float[Array, "B Q D"],
+        time: Float[Array, ""] | Float[Array, " B"] | Int[Array, ""],
+        positions: Int[Array, "B Q"],
+        cache: tuple,
         cache_mask: Bool[Array, "B S"],
-        pinned: Bool[Array, "B N"] | None = None,
-        drop_history: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], KV]:
-        """Velocity of one block per sequence against cached clean blocks, and the block's keys and values.
+        own_mask: Bool[Array, "#B N N"] | None = None,
+        pinned: Bool[Array, "B Q"] | None = None,
+        modulations: Modulations | None = None,
+    ) -> tuple[Float[Array, "B Q D"], tuple]:
+        """Velocity of new latents against cached clean blocks, and their keys and values.
 
         Args:
-          latents: one block (N = K), noisy, or clean with ``times`` 0 to obtain what a cache needs.
+          latents: N latents that attend to the cache and, under ``own_mask``, to each other; behind them, if
+            Q > N, one block that sees nothing but itself and carries the no-history vector, where the model has
+            one: the unconditional branch of guidance.
+          time: flow time of the latents that are not pinned, of all sequences or of each; with ``modulations``,
+            its index in their grid.
           positions: index of each latent in its sequence.
-          cache: keys (after norm and RoPE) and values [layers, B, S, H, C] of clean latents.
-          cache_mask: True where the cache holds a latent that the block may see.
-          drop_history: sequences whose block carries the no-history vector, where the model has one
-            (``cache_mask`` hides the history).
+          cache: keys (after norm and RoPE) and values [layers, B, S, H, C] of clean latents; where layers are
+            not stacked, a pair [B, S, H, C] for each.
+          cache_mask: True where the cache holds a latent that the N latents may see.
+          own_mask: who sees whom among the N latents; None: N = Q, everyone everyone.
+          pinned: latents at time 0.
+          modulations: of `modulations`.
         """
         batch, length = latents.shape[:2]
-        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, length, cache_mask.shape[1]))
-        block_mask = jnp.ones((1, 1, length, length), bool)
-        stream = _Stream(self._time(times), pinned, self._angles(positions), block_mask, history_mask)
-        context = _Context(stream, None, self._zero())
+        own_mask = jnp.ones((1, length, length), bool) if own_mask is None else own_mask
+        seen = own_mask.shape[1]
+        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, seen, cache_mask.shape[1]))
+        embedded, zero, index, tables = None, None, None, (None, None)
+        if modulations is None:
+            embedded, zero = self._time(jnp.reshape(time, (-1, 1))), self._zero()
+        else:
+            index, tables = time, modulations
+        stream = _Stream(embedded, pinned, self._angles(positions), own_mask[:, None], history_mask)
+        context = _Context(stream, None, zero, index)
         dropped = None
-        if drop_history is not None and self.config.no_history_vector:
-            dropped = jnp.broadcast_to(drop_history[:, None], (batch, length))
-        (x, _), kv = self.layers((self._input(latents, positions, dropped), None), cache, context)
-        return self._output(x, stream, context.time_zero), kv
+        if seen < length and self.config.no_history_vector:
+            dropped = jnp.broadcast_to(jnp.arange(length)[None] >= seen, (batch, length))
+        carry = (self._input(latents, positions, dropped), None)
+        layers = tables[0] if self.stacked or tables[0] is not None else (None,) * self.config.num_layers
+        (x, _), kv = self._apply_layers(carry, (cache, layers), context)
+        return self._output(x, context, tables[1]), kv
+
+
+def unstack(params: Params, num_layers: int) -> Params:
+    """Variables of a model with its DiT's layers apart, for ``stacked=False``.
+
+    XLA's CPU backend copies a layer's weights out of the stack at every use: a third of the time of small batches.
+    """
+    dit = dict(params["params"]["dit"])
+    layers = dit.pop("layers")
+    apart = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers)}
+    return {**params, "params": {**params["params"], "dit": {**dit, **apart}}}

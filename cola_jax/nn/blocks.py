@@ -71,7 +71,9 @@ _REMAT_POLICIES = {
 }
 
 
-def scan_layers(layer: type[nn.Module], length: int, remat: str = "none", unroll: int = 1) -> type[nn.Module]:
+def scan_layers(
+    layer: type[nn.Module], length: int, remat: str = "none", unroll: int = 1, methods: Sequence[str] = ("__call__",)
+) -> type[nn.Module]:
     """``length`` copies of ``layer``, parameters stacked on a leading axis "layers".
 
     The layer's call is ``(carry, history, context) -> (carry, output)``: ``history`` has a leading layer axis
@@ -80,6 +82,7 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str = "none", unroll
     Args:
       remat: what the backward pass computes again: "none", "full" (all), "dots" (all but matmul results).
       unroll: layers compiled one after another in each turn of the loop.
+      methods: of the layer that the scan offers, all with the arguments and results of a call.
     """
     if remat != "none":
         layer = nn.remat(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
@@ -91,5 +94,6 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str = "none", unroll
         out_axes=0,
         length=length,
         unroll=unroll,
+        methods=list(methods),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

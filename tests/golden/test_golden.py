@@ -59,10 +59,10 @@ def test_velocity_in_the_training_layout(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation(name):
-    """Blocks that begin before position 12 only: a known deviation of the released code.
+    """Every block of every row.
 
-    The released cache rotates the queries and keys of a block that begins at latent 12 or later (in these two
-    runs) as if it began at position 0. We keep positions, so that only blocks that end by latent 12 agree.
+    The released code took the rotations of these runs from a table that an earlier batch of sequences of 12 latents
+    had filled, laid end to end: hence positions modulo 12.
     """
     model, params, arrays = load(name)
     released = json.loads((FOLDER / name / "settings.json").read_text())
@@ -71,26 +71,18 @@ def test_generation(name):
         guidance_scale=released["guidance_scale"],
         max_new_tokens=released["max_new_tokens"],
         pad_id=released["pad_token_id"],
+        rotary_period=arrays["dit_latents"].shape[1],
     )
     prompts = [[int(token) for token in row if token >= 0] for row in arrays["gen_prompts"]]
     out = quickly(sampling.generate, model, params, prompts, settings, noise=jnp.asarray(arrays["gen_noise"]))
-    block, patch = model.dit_config.block_size, model.vae_config.patch_size
-    compared, tail = 0, [len(prompt) % (block * patch) for prompt in prompts]
+    assert_close(out.latents, arrays["gen_latents"], 1e-3)
+    per_block = model.dit_config.block_size * model.vae_config.patch_size
     # The budget, or what the noise is enough for; padding behind it.
-    room = out.latents.shape[1] * block * patch
+    room = out.latents.shape[1] * per_block
+    tail = [len(prompt) % per_block for prompt in prompts]
     np.testing.assert_array_equal(out.lengths, [min(settings.max_new_tokens, room - t) for t in tail])
-    for index, length in enumerate(out.lengths):
-        np.testing.assert_array_equal(out.tokens[index, length:], settings.pad_id)
-    for index, prompt in enumerate(prompts):
-        first = len(prompt) // (block * patch) * block
-        blocks = max(0, (12 - first) // block)
-        expected = arrays["gen_latents"][index, :blocks]
-        if not blocks or not np.any(expected):
-            continue
-        assert_close(out.latents[index, :blocks], expected, 1e-3)
-        tokens = arrays["gen_tokens"][index, : 12 * patch - len(prompt)]
-        tokens = tokens[tokens >= 0]
+    for row, length in enumerate(out.lengths):
+        np.testing.assert_array_equal(out.tokens[row, length:], settings.pad_id)
+        tokens = arrays["gen_tokens"][row][arrays["gen_tokens"][row] >= 0]  # fewer: the tail counts in the release
         assert len(tokens)
-        np.testing.assert_array_equal(out.tokens[index, : len(tokens)], tokens)
-        compared += blocks
-    assert compared == {"tiny": 5, "patch2": 3}[name]
+        np.testing.assert_array_equal(out.tokens[row, : len(tokens)], tokens)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from models.tiny_models import (
     vae_config,
 )
 
-from cola_jax.models import cola
+from cola_jax.models import cola, dit
+from cola_jax.nn import masks
 
 LENGTH, BLOCKS = 12, 3
 NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
@@ -108,45 +110,51 @@ def test_pinned_positions_are_at_time_zero():
     assert_close(training(NOISY, TIMES, CLEAN, pinned), training(NOISY, times, CLEAN), 1e-6)
 
 
-def test_cached_blocks_equal_the_training_layout():
+@pytest.mark.parametrize("stacked", [True, False])
+def test_cached_blocks_equal_the_training_layout(stacked):
     """`prefill`, then `extend`; one sequence stands a block ahead of the other."""
     model, params = create(dit=OPTIONS)
-    (k, v), _ = apply(model, params, CLEAN, jnp.ones((2, LENGTH), jnp.int32), method="prefill")
+    if not stacked:
+        params, model = dit.unstack(params, model.dit_config.num_layers), model.clone(stacked=False)
+    prefilled, _ = apply(model, params, CLEAN, jnp.ones((2, LENGTH), jnp.int32), method="prefill")
     start = jnp.array([BLOCK, 2 * BLOCK])
     filled = jnp.arange(LENGTH)[None] < start[:, None]
     # What is not committed must not matter: rubbish is there.
-    cache = tuple(jnp.where(filled[None, :, :, None, None], x, 7.0) for x in (k, v))
+    cache = jax.tree.map(lambda x: jnp.where(filled[:, :, None, None], x, 7.0), prefilled)
     positions = start[:, None] + jnp.arange(BLOCK)[None]
 
     def block(x):
         return jnp.take_along_axis(x, positions[..., None], axis=1)
 
-    def extend(latents, times, cache, cache_mask, alone):
-        return apply(
-            model,
-            params,
-            latents,
-            times,
-            positions,
-            cache,
-            cache_mask,
-            jnp.zeros((2, BLOCK), bool),
-            jnp.full(2, alone),
-            method="extend",
-        )
-
-    clean, new = extend(block(CLEAN), jnp.zeros((2, 1)), cache, filled, False)
+    extend = functools.partial(apply, model, params, method="extend")
+    clean, new = extend(block(CLEAN), jnp.zeros(()), positions, cache, filled)
     assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)))), 1e-5)
-    for ours, all_at_once in zip(new, (k, v), strict=True):
-        expected = jnp.take_along_axis(all_at_once, positions[None, :, :, None, None], axis=2)
-        assert_close(ours, expected, 1e-5)
-    times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)
-    noisy, _ = extend(block(NOISY), times, cache, filled, False)
-    assert_close(noisy, block(training(NOISY, TIMES, CLEAN)), 1e-5)
-    # The unconditional branch: an empty cache, and the vector that says so.
-    alone, _ = extend(block(NOISY), times, tuple(x[:, :, :0] for x in cache), filled[:, :0], True)
+    for ours, all_at_once in zip(jax.tree.leaves(new), jax.tree.leaves(prefilled), strict=True):
+        index = jnp.expand_dims(positions, (-2, -1))
+        index = index if all_at_once.ndim == 4 else index[None]
+        assert_close(ours, jnp.take_along_axis(all_at_once, index, axis=-3), 1e-5)
+    times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)[:, 0]
+    expected = block(training(NOISY, TIMES, CLEAN))
+    noisy, _ = extend(block(NOISY), times, positions, cache, filled)
+    assert_close(noisy, expected, 1e-5)
+
+    # In one pass: the block before, clean and not in the cache yet; the block; and the block without a history.
+    before = positions - BLOCK
+    latents = jnp.concatenate([jnp.take_along_axis(CLEAN, before[..., None], axis=1), block(NOISY), block(NOISY)], 1)
+    pinned = jnp.arange(3 * BLOCK)[None] < jnp.array([[BLOCK]] * 2)
+    earlier = jnp.arange(LENGTH)[None] < before[:, :1]
+    together = jnp.concatenate([before, positions, positions], axis=1)
+    own = masks.block_causal(2 * BLOCK, BLOCK)
+    out, _ = extend(latents, times, together, cache, earlier, own, pinned)
+    assert_close(out[:, BLOCK : 2 * BLOCK], expected, 1e-5)
     dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool))
-    assert_close(alone, block(dropped), 1e-5)
+    assert_close(out[:, 2 * BLOCK :], block(dropped), 1e-5)
+
+    # The same from a table of modulations.
+    grid = jnp.concatenate([times[:1], jnp.zeros(1)])
+    table = apply(model, params, grid, method="modulations")
+    from_table, _ = extend(latents, jnp.int32(0), together, cache, earlier, own, pinned, table)
+    assert_close(from_table[:1], out[:1], 1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])

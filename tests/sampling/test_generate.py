@@ -1,7 +1,7 @@
 """Generation with caches against a loop without any, and what a sample may depend on."""
 
 import functools
-import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,9 @@ from models.tiny_models import BLOCK, CHANNELS, VOCAB, apply, assert_close, crea
 
 from cola_jax import sampling
 from cola_jax.models import cola
-from cola_jax.sampling import Settings
+from cola_jax.sampling import Settings, blocks
 from cola_jax.types import UserError
 
-MODULE = importlib.import_module("cola_jax.sampling.generate")
 STEPS, LATENTS = 3, 24
 MODELS = {
     "patch1": ({}, {}),
@@ -23,14 +22,28 @@ MODELS = {
         {"no_history_vector": True, "block_position": True},
     ),
 }
-# Nothing, less than a block, a block, one position more, more than two blocks.
-LENGTHS = {"patch1": (0, 3, 4, 5, 9), "patch2": (0, 6, 8, 10, 18)}
+# Nothing, less than a block, a block, one position more, more than two blocks; with patches of two, odd ones too.
+LENGTHS = {"patch1": (0, 3, 4, 5, 9), "patch2": (0, 5, 8, 9, 18)}
 SETTINGS = {
     # A penalty below 1 favours what was generated: then which tokens count as such decides what comes next.
     "patch1": Settings(steps=STEPS, guidance_scale=3.0, max_new_tokens=7, repetition_penalty=0.2),
     "patch2": Settings(steps=STEPS, guidance_scale=3.0, max_new_tokens=16),
 }
 NOISE = normal(5, 4, BLOCK, CHANNELS, seed=3)
+REPAINT = {"conditioning": "repaint", "repaint_cycles": 2, "repaint_fraction": 0.7}
+WAYS = {
+    "guidance 1": {"guidance_scale": 1.0},
+    "guidance 3": {},
+    "early guidance": {"guidance_interval": (0.5, 1.0)},
+    "late guidance": {"guidance_interval": (0.0, 0.7)},
+    "heun": {"solver": "heun"},
+    "midpoint": {"solver": "midpoint"},
+    "shifted": {"time_shift": 3.0},
+    "left_pad": {"conditioning": "left_pad"},
+    "right_pad": {"conditioning": "right_pad"},
+    "repaint": REPAINT,
+    "repaint, m = 1": REPAINT | {"repaint_fraction": 1.0},
+}
 
 
 def prompts_of(name):
@@ -42,65 +55,123 @@ def settings_of(name, **changes):
 
 
 @functools.cache
-def generated(name, settings):
+def generated(name, settings, seed=None):
     model, params = create(*MODELS[name])
-    return quickly(sampling.generate, model, params, prompts_of(name), settings, noise=NOISE)
+    key = None if seed is None else jax.random.key(seed)
+    return quickly(sampling.generate, model, params, prompts_of(name), settings, key, noise=NOISE)
 
 
-def reference(name, prompt, noise, settings):
-    """(new tokens, latents) of one prompt: whole sequences, no cache, NumPy where it can be."""
+def reference(name, prompt, noise, settings, keys=None):
+    """(new tokens, latents) of one prompt: whole sequences, no cache, one pass for each branch, NumPy where it can be.
+
+    ``keys``: of each block, for what repainting draws.
+    """
     model, params = create(*MODELS[name])
-    patch = model.vae_config.patch_size
-    padded = jnp.zeros((1, LATENTS * patch), jnp.int32).at[0, : len(prompt)].set(jnp.array(prompt, jnp.int32))
-    known = jnp.arange(LATENTS) < len(prompt) // patch
-    mean = apply(model, params, padded, known[None].astype(jnp.int32), method="encode").mean
+    patch, per_block = model.vae_config.patch_size, model.vae_config.patch_size * BLOCK
+    left = -len(prompt) % (per_block if settings.conditioning == "left_pad" else patch)
+    stop = left + len(prompt)
+    ids = np.full((1, LATENTS * patch), VOCAB)
+    ids[0, left:stop] = prompt
+    begin = -(-stop // per_block) * per_block if settings.conditioning == "right_pad" else stop
+    known = (np.arange(LATENTS) >= left // patch) & (np.arange(LATENTS) < stop // patch)
+    mean = apply(model, params, jnp.asarray(ids), jnp.asarray(known[None], jnp.int32), method="encode").mean
     sequence = np.where(known[:, None], model.normalize(mean)[0], 0.0)
-    penalty = settings.repetition_penalty
-    known, start, new, latents = np.asarray(known), len(prompt) // patch // BLOCK * BLOCK, [], []
+    start = begin // per_block * BLOCK
+    # What nobody sees: padding. Generated positions are seen, and what is not generated yet is later anyway.
+    segments = jnp.asarray((known | (np.arange(LATENTS) >= start))[None], jnp.int32)
+    first, penalty, new, latents = start, settings.repetition_penalty, [], []
+    times = np.linspace(1.0, 0.0, settings.steps + 1)
+    times = settings.time_shift * times / (1 + (settings.time_shift - 1) * times)
+    scale, (low, high) = settings.guidance_scale, settings.guidance_interval
 
-    def velocity(here, time):
-        times = np.where(here & ~known, time, 0.0).astype(np.float32)[None]
-        v = apply(model, params, sequence[None], times, method="velocity")
-        if settings.guidance_scale == 1.0 or start == 0:
-            return np.asarray(v[0, here])
-        if model.dit_config.no_history_vector:
-            dropped = jnp.ones((1, LATENTS // BLOCK), bool)
-            free = apply(
-                model, params, sequence[None], times, history=sequence[None], drop_history=dropped, method="velocity"
-            )[0, here]
-        else:  # the block alone, as the first of a sequence
-            alone, times_alone = np.roll(sequence, -start, axis=0), np.roll(times, -start, axis=1)
-            free = apply(model, params, alone[None], times_alone, method="velocity")[0, :BLOCK]
-        return np.asarray(free + settings.guidance_scale * (v[0, here] - free))
+    def velocity(values, here, pinned, time):
+        """The values of the block's positions at this time, those of others as they are."""
+        whole = sequence.copy()
+        whole[here] = values
+        at = np.where(here & ~pinned, time, 0.0).astype(np.float32)[None]
+        v = apply(model, params, whole[None], at, segment_ids=segments, method="velocity")[0, here]
+        if scale != 1.0 and np.any(np.asarray(segments)[0, :start]) and low <= time <= high:
+            if model.dit_config.no_history_vector:
+                dropped = jnp.ones((1, LATENTS // BLOCK), bool)
+                args = {"history": whole[None], "drop_history": dropped, "segment_ids": segments}
+                free = apply(model, params, whole[None], at, **args, method="velocity")[0, here]
+            else:  # the block alone, as the first of a sequence
+                alone, at_alone = np.roll(whole, -start, axis=0), np.roll(at, -start, axis=1)
+                free = apply(model, params, alone[None], at_alone, method="velocity")[0, :BLOCK]
+            v = free + scale * (v - free)
+        return np.where(pinned[here][:, None], 0.0, v)
 
-    while len(new) < settings.max_new_tokens:
+    def step(z, here, pinned, now, later):
+        v = velocity(z, here, pinned, now)
+        if settings.solver == "midpoint":
+            v = velocity(z + (later - now) / 2 * v, here, pinned, (now + later) / 2)
+        if settings.solver == "heun":
+            v = (v + velocity(z + (later - now) * v, here, pinned, later)) / 2
+        return z + (later - now) * v
+
+    def repaint(z, here, key):
+        data, count = sequence[here], 0
+        mine, early = known[here][:, None], round(settings.repaint_fraction * settings.steps)
+
+        def draw(turn, which):
+            return np.asarray(jax.random.normal(jax.random.split(jax.random.fold_in(key, turn))[which], z.shape))
+
+        for index in range(settings.steps):
+            now, later = times[index], times[index + 1]
+            cycles = settings.repaint_cycles if index < early else 1
+            for cycle in range(cycles):
+                if index < early:
+                    z = np.where(mine, (1 - now) * data + now * draw(count, 0), z)
+                z = step(z, here, np.zeros(LATENTS, bool), now, later)
+                if cycle < cycles - 1:
+                    keep = (1 - now) / (1 - later)
+                    z = keep * z + np.sqrt(now**2 - (keep * later) ** 2) * draw(count, 1)
+                count += 1
+        return np.where(mine, data, z) if early == settings.steps else z
+
+    while begin + len(new) < begin + settings.max_new_tokens:
         here = (np.arange(LATENTS) >= start) & (np.arange(LATENTS) < start + BLOCK)
-        sequence[here & ~known] = np.asarray(noise[len(latents)])[~known[here]]
-        for step in range(settings.steps):
-            change = velocity(here, 1 - step / settings.steps) / settings.steps
-            sequence[here] -= np.where(known[here][:, None], 0.0, change)
-        logits = apply(model, params, sequence[None], method="decode")
+        z = np.where(known[here][:, None], sequence[here], noise[len(latents)])
+        if settings.conditioning == "repaint" and start == first:
+            z = repaint(z, here, keys[0])
+        else:
+            for now, later in itertools.pairwise(times):
+                z = step(z, here, known, now, later)
+        sequence[here] = z
+        logits = apply(model, params, sequence[None], segments, method="decode")
         logits = np.array(logits[0, start * patch : (start + BLOCK) * patch])
         for token in set(new):
             column = logits[:, token]
             logits[:, token] = np.where(column > 0, column / penalty, column * penalty)
         latents.append(sequence[here].copy())
-        new += [int(token) for token in logits.argmax(-1)][max(0, len(prompt) - start * patch) :]
+        new += [int(token) for token in logits.argmax(-1)][max(0, begin - start * patch) :]
         start += BLOCK
     return new[: settings.max_new_tokens], np.stack(latents)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("name", MODELS)
-def test_generation_equals_a_loop_without_caches(name, guidance_scale):
-    settings = settings_of(name, guidance_scale=guidance_scale)
-    out = generated(name, settings)
+@pytest.mark.parametrize(("name", "way"), [("patch1", "guidance 3"), *(("patch2", way) for way in WAYS)])
+def test_generation_equals_a_loop_without_caches(name, way):
+    settings = settings_of(name, **WAYS[way])
+    key = jax.random.key(0)
+    out = generated(name, settings, 0) if "repaint" in way else generated(name, settings)
     assert out.tokens.shape == (5, settings.max_new_tokens)
-    np.testing.assert_array_equal(out.lengths, settings.max_new_tokens)
     for row, prompt in enumerate(prompts_of(name)):
-        expected, latents = reference(name, prompt, NOISE[row], settings)
+        keys = [jax.random.fold_in(jax.random.fold_in(key, row), block) for block in range(4)]
+        tokens, latents = reference(name, prompt, NOISE[row], settings, keys)
+        np.testing.assert_array_equal(out.tokens[row], tokens)
+        assert int(out.lengths[row]) == settings.max_new_tokens
         assert_close(out.latents[row, : len(latents)], latents, 1e-5)
-        np.testing.assert_array_equal(out.tokens[row], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_batches_of_other_sizes_give_the_same(size):
+    prompts, settings = prompts_of("patch2"), SETTINGS["patch2"]
+    rows = [3, 0, 1, 2, 4, 4, 1, 3][:size]
+    model, params = create(*MODELS["patch2"])
+    out = quickly(sampling.generate, model, params, [prompts[i] for i in rows], settings, noise=NOISE[jnp.array(rows)])
+    together = generated("patch2", settings)
+    np.testing.assert_array_equal(out.tokens, together.tokens[np.array(rows)])
+    assert_close(out.latents, together.latents[np.array(rows)], 1e-5)
 
 
 def test_guidance_changes_blocks_with_a_history_only():
@@ -125,10 +196,10 @@ def test_what_the_prompt_fills_stays_in_the_first_block():
 def test_a_second_batch_of_the_same_size_compiles_nothing():
     model, params = create(*MODELS["patch1"])
     generated("patch1", SETTINGS["patch1"])
-    before = MODULE._generate._cache_size()
+    before = blocks.run._cache_size()
     others = [[1, 2], [], [3] * 16, [4], [5] * 7]  # up to 4 blocks, as before up to 3
     out = quickly(sampling.generate, model, params, others, SETTINGS["patch1"], noise=NOISE)
-    assert MODULE._generate._cache_size() == before
+    assert blocks.run._cache_size() == before
     assert np.any(out.tokens != generated("patch1", SETTINGS["patch1"]).tokens)
 
 
@@ -206,37 +277,48 @@ def test_output_ends_with_the_noise():
     assert out.tokens.shape == (2, BLOCK) and out.latents.shape == (2, 1, BLOCK, CHANNELS)
 
 
-class TestBatches:
-    def fake(self, monkeypatch):
-        """`generate` that answers with each prompt's first token, as often as the token says."""
-        calls = []
+@pytest.mark.parametrize(("batch_size", "conditioning"), [(1, "clean"), (3, "clean"), (4, "repaint")])
+def test_any_number_of_prompts(batch_size, conditioning):
+    """More prompts than places, sequences that end at different times: as all at once, in order."""
+    model, params = create(*MODELS["patch1"])
+    prompts = [[int(token) for token in tokens(n, seed=n)] for n in (3, 0, 9, 1, 4, 5, 2)]
+    settings = settings_of("patch1", temperature=0.8, conditioning=conditioning)
+    whole = np.asarray(quickly(sampling.generate, model, params, prompts, settings, jax.random.key(0)).tokens)
+    settings = settings_of("patch1", temperature=0.8, conditioning=conditioning, eos_id=int(whole[2, 5]))
+    together = quickly(sampling.generate, model, params, prompts, settings, jax.random.key(0))
+    assert len(set(np.asarray(together.lengths).tolist())) > 1
+    run = functools.partial(sampling.generate_batches, model, params, prompts, settings, jax.random.key(0))
+    out = quickly(lambda: list(run(batch_size)))
+    expected = [row[:length].tolist() for row, length in zip(*map(np.asarray, together[:2]), strict=True)]
+    assert out == list(enumerate(expected))
 
-        def generate(model, params, prompts, settings, key, sample_ids):
-            calls.append((prompts, list(sample_ids)))
-            lengths = np.array([prompt[0] for prompt in prompts])
-            rows = np.where(np.arange(9)[None] < lengths[:, None], lengths[:, None], 0)
-            return sampling.Generation(rows, lengths, None)
 
-        monkeypatch.setattr(MODULE, "generate", generate)
-        return calls
+def test_all_prompts_are_checked_before_the_first_is_generated():
+    model, params = create(*MODELS["patch1"])
+    with pytest.raises(UserError, match="prompt 3 has a token outside"):
+        sampling.generate_batches(model, params, [[1], [1], [1], [99]], Settings(), jax.random.key(0), 2)
+    with pytest.raises(UserError, match="batch_size = 0"):
+        sampling.generate_batches(model, params, [[1]], Settings(), jax.random.key(0), 0)
 
-    @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-    def test_every_prompt_is_answered_once_in_order(self, monkeypatch, batch_size):
-        calls = self.fake(monkeypatch)
-        model, params = create(*MODELS["patch1"])
-        prompts = [[3], [1], [0], [4], [2]]
-        out = list(sampling.generate_batches(model, params, prompts, Settings(), jax.random.key(0), batch_size))
-        assert out == [(i, prompt * prompt[0]) for i, prompt in enumerate(prompts)]
-        assert {len(filled) for filled, _ in calls} == {min(batch_size, 5)}  # one program
-        for filled, ids in calls:
-            assert filled == [prompts[min(i, 4)] for i in ids]
 
-    def test_all_prompts_are_checked_before_the_first_is_generated(self, monkeypatch):
-        calls = self.fake(monkeypatch)
-        model, params = create(*MODELS["patch1"])
-        with pytest.raises(UserError, match="prompt 3 has a token outside"):
-            list(sampling.generate_batches(model, params, [[1], [1], [1], [99]], Settings(), jax.random.key(0), 2))
-        assert not calls
+def test_a_stream_is_the_generation_in_pieces():
+    model, params = create(*MODELS["patch1"])
+    prompts, settings = prompts_of("patch1"), settings_of("patch1", temperature=0.8)
+    whole = keyed(prompts)
+    pieces = quickly(lambda: list(sampling.stream(model, params, prompts, settings, jax.random.key(0), estimates=True)))
+    assert len(pieces) > 1 and len(pieces[0].tokens[0]) == BLOCK
+    together = [sum((piece.tokens[row] for piece in pieces), []) for row in range(len(prompts))]
+    assert together == whole.tokens.tolist()
+    assert np.shape(pieces[0].estimates) == (STEPS, 5, BLOCK)
+
+
+def test_the_last_estimate_of_a_stream_is_near_the_end():
+    """The last Euler step goes to where the velocity points: the estimate is the result."""
+    model, params = create(*MODELS["patch1"])
+    settings = settings_of("patch1", repetition_penalty=1.0, max_new_tokens=BLOCK)
+    piece = quickly(lambda: next(sampling.stream(model, params, [[], []], settings, jax.random.key(0), estimates=True)))
+    assert piece.estimates[-1] == piece.tokens
+    assert piece.estimates[0] != piece.tokens
 
 
 BAD_SETTINGS = [
@@ -245,7 +327,26 @@ BAD_SETTINGS = [
     ({"max_new_tokens": 0}, "sampling max_new_tokens = 0: allowed is at least 1"),
     ({"temperature": -0.5}, "sampling temperature = -0.5: allowed is at least 0"),
     ({"repetition_penalty": 0.0}, "sampling repetition_penalty = 0.0: allowed is a positive number"),
-    ({"prior": "ar"}, "sampling prior = 'ar': allowed is 'flow' or 'normal'"),
+    ({"prior": "ar"}, "sampling prior = 'ar': allowed is one of 'flow', 'normal'"),
+    ({"top_k": -1}, "sampling top_k = -1: allowed is at least 0"),
+    ({"top_p": 0.0}, "sampling top_p = 0.0: allowed is above 0 and at most 1"),
+    ({"time_shift": 0.0}, "sampling time_shift = 0.0: allowed is a positive number"),
+    ({"start_time": 1.5}, "sampling start_time = 1.5: allowed is above 0 and at most 1"),
+    (
+        {"guidance_interval": (0.5, 0.2)},
+        "sampling guidance_interval = (0.5, 0.2): allowed is two numbers from 0 to 1, the lower first",
+    ),
+    ({"repaint_cycles": 0}, "sampling repaint_cycles = 0: allowed is at least 1"),
+    ({"repaint_fraction": 2.0}, "sampling repaint_fraction = 2.0: allowed is from 0 to 1"),
+    (
+        {"conditioning": "none"},
+        "sampling conditioning = 'none': allowed is one of 'clean', 'repaint', 'left_pad', 'right_pad'",
+    ),
+    ({"rotary_period": 0}, "sampling rotary_period = 0: allowed is None or at least 1"),
+    (
+        {"conditioning": "repaint", "solver": "tsit5"},
+        "sampling solver = 'tsit5': allowed with 'repaint' is one of ('euler', 'heun')",
+    ),
 ]
 
 
@@ -261,7 +362,6 @@ def test_a_bad_setting_is_told(changes, message):
     ("name", "prompts", "changes", "message"),
     [
         ("patch1", [], {}, "prompts: none given; at least one is needed"),
-        ("patch2", [[1, 2], [1]], {}, "prompt 1 has 1 tokens: allowed is a multiple of the patch size 2"),
         ("patch1", [[1], [VOCAB]], {}, f"prompt 1 has a token outside the vocabulary of {VOCAB}"),
         ("patch1", [[-1]], {}, f"prompt 0 has a token outside the vocabulary of {VOCAB}"),
         (

@@ -155,6 +155,7 @@ def test_one_device_and_eight_give_the_same_losses(cache, tmp_path):
     second = [losses(place, stage=2)[:20] for place in (one, eight)]
     assert len(second[0]) == 20 and second[0] == pytest.approx(second[1], rel=1e-5)
 
+
 def test_killed_runs_end_like_one_that_was_not(run, cache, tmp_path):
     """SIGKILL three times in each stage, at random moments around checkpoints that are being written."""
     workdir, draw, null = tmp_path / "killed", random.Random(0), subprocess.DEVNULL
