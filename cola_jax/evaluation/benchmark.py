@@ -1,0 +1,152 @@
+"""Speed of generation and of the training step, against the rate of matrix multiplication of the same device.
+
+Repetitions of what is measured alternate with the matrix multiplication, so that both see the same machine. Rates
+are those of the fastest repetition.
+"""
+
+import functools
+import resource
+import time
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cola_jax import rng, sampling, sharding
+from cola_jax.config import Config, DiTConfig
+from cola_jax.models import cola
+from cola_jax.models.cola import ColaDLM
+from cola_jax.objectives import stage2
+from cola_jax.sampling.blocks import Plan
+from cola_jax.train import metrics, optimizer, state, step
+from cola_jax.types import Params
+
+
+def matmul(dtype: str, size: int, repeats: int) -> tuple[Callable[[], jax.Array], float]:
+    """(a function that multiplies square matrices, its FLOPs a call)."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)) / np.sqrt(size), dtype)
+    run = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, x: x @ a, a))
+    return functools.partial(run, a), 2.0 * size**3 * repeats
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def measure(call: Callable[[], object], dtype: str, repeats: int) -> dict[str, float]:
+    """Seconds of a call and FLOP/s of matrix multiplication.
+
+    Returns:
+      first_call_s (with compilation), seconds (the fastest of ``repeats`` more), matmul_flops (a second).
+    """
+    multiply, flops = matmul(dtype, *((1024, 10) if jax.default_backend() == "cpu" else (8192, 20)))
+    first = _seconds(call)
+    _seconds(multiply)
+    times, rates = [], []
+    for _ in range(repeats):
+        rates.append(flops / _seconds(multiply))
+        times.append(_seconds(call))
+    return {"first_call_s": first, "seconds": min(times), "matmul_flops": max(rates)}
+
+
+def prior_flops(config: DiTConfig, settings: sampling.Settings, patch_size: int) -> float:
+    """FLOPs that generation needs for each new token: multiplications by the DiT's weights.
+
+    Every evaluation passes a block, twice where it is guided, and each finished block once more into the cache.
+    Modulations (once for all blocks), attention, encoder and decoder are left out.
+    """
+    width = config.num_heads * config.head_dim
+    weights = config.num_layers * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2)
+    evaluations = 2 if settings.solver == "heun" else 1
+    guided = Plan(None, settings, 0).guided
+    passes = 1 + evaluations * (len(guided) + sum(guided))
+    return 2.0 * weights * passes / patch_size
+
+
+def peak_memory() -> float:
+    """Bytes: of the device where it tells, else the largest resident size of the process so far."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return float(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _report(what: str, found: dict, tokens: int, flops: float, **more) -> dict:
+    rate = tokens / found["seconds"]
+    return {
+        "what": what,
+        **more,
+        "tokens_per_s": rate,
+        "seconds": found["seconds"],
+        "flops_per_token": flops,
+        "flops_per_s": rate * flops,
+        "matmul_flops_per_s": found["matmul_flops"],
+        "share_of_matmul": rate * flops / found["matmul_flops"],
+        "compile_s": found["first_call_s"] - found["seconds"],
+        "peak_memory_bytes": peak_memory(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def random_params(model: ColaDLM, dtype: str) -> Params:
+    """Initial variables, in the type of the computation."""
+    tokens = jnp.zeros((1, model.dit_config.block_size * model.vae_config.patch_size), jnp.int32)
+
+    @jax.jit
+    def make(key):
+        return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(model.init(key, tokens)))
+
+    return make(jax.random.key(0))
+
+
+def generation(config: Config, dtype: str, batch: int, prompt: int, settings: sampling.Settings, repeats: int) -> dict:
+    """Speed of generation with random weights and prompts, all sequences to the end of their budget."""
+    model = cola.create(config.vae, config.dit, dtype)
+    params = random_params(model, dtype)
+    prompts = np.random.default_rng(0).integers(0, config.vae.vocab_size, (batch, prompt)).tolist()
+
+    def call():
+        return sampling.generate(model, params, prompts, settings, key=jax.random.key(0)).tokens
+
+    found = measure(call, dtype, repeats)
+    flops = prior_flops(config.dit, settings, config.vae.patch_size)
+    tokens = batch * settings.max_new_tokens
+    return _report("generation", found, tokens, flops, dtype=dtype, batch=batch, prompt=prompt)
+
+
+def training(config: Config, dtype: str, batch: int, repeats: int) -> dict:
+    """Speed of a step of stage 2 with random weights and tokens."""
+    model, mesh = cola.create(config.vae, config.dit, dtype), sharding.make_mesh(config.train)
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    trained = optimizer.trained_groups(2, config.stage2.strategy)
+    transform = optimizer.create(config.optimizer2, config.stage2.steps, 2, config.stage2)
+    make = state.make_init(
+        lambda key: model.init(key, tokens),
+        transform,
+        trained,
+        groups=("vae", "dit"),
+        ema=config.optimizer2.ema > 0,
+        reference="vae" in trained and config.stage2.reference_weight > 0,
+    )
+    target = state.abstract(make, mesh)
+    train_step = step.make_train_step(
+        functools.partial(stage2.terms, model, config), transform, config.optimizer2, trained, target, mesh,
+        steps=config.stage2.steps, seed=0,
+    )  # fmt: skip
+    length = config.data.sequence_length
+    ids = np.random.default_rng(0).integers(0, config.vae.vocab_size, (batch, length), dtype=np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    rows = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": positions}
+    current = [state.create(make, mesh, rng.key(0, "init"), None)]
+    placed = sharding.put_batch(mesh, rows)
+
+    def call():
+        current[0], values = train_step(current[0], placed)
+        return values
+
+    found = measure(call, dtype, repeats)
+    return _report("training", found, ids.size, metrics.flops_per_token(config, 2), dtype=dtype, batch=batch)
