@@ -63,7 +63,7 @@ class DataConfig:
     files: str = ""  # corpus "text": a file or a glob of UTF-8 files
     document_separator: str = "\n\n"  # corpus "text": what divides a file into documents; "": one document a file
     tokenizer: str = "sentencepiece"  # sentencepiece | bytes | huggingface
-    tokenizer_path: str = ""  # a SentencePiece model or tokenizer.json; "": train one on the corpus, kept in the workdir
+    tokenizer_path: str = ""  # SentencePiece model or tokenizer.json; "": trained on the corpus, kept in the workdir
     eos_id: int = -1  # tokenizer "huggingface": the end of text; -1: found in its file
     pad_id: int = -1  # and the padding
     vocab_size: int = 1024  # at most, for a tokenizer trained here
@@ -298,6 +298,7 @@ class SampleConfig:
     max_new_tokens: int = 64
     temperature: float = 0.0
     repetition_penalty: float = 1.0
+    pad_prompts: bool = False  # fill a prompt's last block with padding that the model sees, as released code does
     report_stories: int = 0  # corpus "stories": generated for the report at the end of the run; 0: no report
 
     def validate(self) -> None:

@@ -275,6 +275,42 @@ def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> Tra
     )
 
 
+def save_params(directory: Path, step: int, params: Params, config: configs.Config, tokenizer: str) -> None:
+    """Writes the variables of a model as one step that `load_params` reads; there is nothing to go on training from.
+
+    Arrays go to the disk one after another, so that memory holds no second copy of the model.
+
+    Args:
+      directory: of the stage; the caller sees to it that it gets its name when it is complete.
+      step: name of the step.
+      params: the variables.
+      config: of the run that could have made them.
+      tokenizer: its name and fingerprint, or "" if it is not known.
+
+    Raises:
+      UserError: they cannot be written (the disk is full, for example).
+    """
+    arrays = _flat(params["params"])
+    hashes = {name: _hashes({"params": {name: x}})["params"][name] for name, x in arrays.items()}
+    body = {
+        "config": configs.to_dict(config),
+        "fingerprint": {"tokenizer": tokenizer},
+        "data": "",
+        "hashes": {"params": hashes},
+        "arrays": {"params": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}},
+    }
+    body = json.loads(json.dumps(body))
+    place = Path(directory).absolute() / str(step)
+    one = {"save_concurrent_gb": 1, "save_device_host_concurrent_gb": 1}
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**one)) as checkpointer:
+            checkpointer.save(place / "params", args=ocp.args.PyTreeSave(arrays))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(place / "meta", args=ocp.args.JsonSave({"body": body, "checksum": _checksum(body)}))
+    except Exception as error:
+        raise UserError(f"checkpoint {place}: not saved: {_one_line(error)}") from error
+
+
 def load_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
     """The newest valid parameters of a run, on the first device.
 
