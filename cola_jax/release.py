@@ -7,6 +7,7 @@ rotary frequencies) is what `origin` reads and `save` takes back.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from cola_jax import sharding
 from cola_jax.models import cola
 from cola_jax.released import files, layout, options
 from cola_jax.released.options import DIT, PARTS, VAE
-from cola_jax.types import Params, PyTree, UserError
+from cola_jax.types import LazyArray, Params, PyTree, UserError
 
 TOKENIZER = "tokenizer.json"
 # (bytes done, bytes in all)
@@ -119,27 +120,12 @@ def _place(leaf: layout.Leaf, weights: files.Weights, dtype: np.dtype, target: S
     return jax.make_array_from_callback(leaf.shape, target, lambda index: shards[_key(index, leaf.shape)])
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    dtype="float32",
-    param_dtype="float32",
-    mesh: Mesh | None = None,
-    progress: Progress | None = None,
+def open_lazily(
+    path: str | os.PathLike, *, dtype="float32", param_dtype="float32", mesh: Mesh | None = None
 ) -> tuple[cola.ColaDLM, Params]:
-    """Model and parameters of a released directory.
+    """`load`, with each parameter a `LazyArray` that is read, onto its devices, when it is asked for.
 
-    Besides the parameters there is never more than the largest of them in memory.
-
-    Args:
-      path: the directory.
-      dtype: compute type of the model.
-      param_dtype: type of the parameters; float32 holds every released type exactly.
-      mesh: None: all on the first device. Given: each shard goes where `cola_jax.sharding` puts it.
-      progress: called after each parameter.
-
-    Raises:
-      UserError: a part, tensor or option that is missing or does not fit; one line that names file and tensor.
+    Everything that does not need the values is checked here.
     """
     root = Path(path)
     param_dtype = files.dtype_of(jnp.dtype(param_dtype).name, "param_dtype")
@@ -150,24 +136,41 @@ def load(
         targets = jax.tree.map(lambda _: home, nn.unbox(boxed))
     else:
         targets = sharding.shardings(boxed, mesh)
-    todo = []
+    found = {}
     for part in PARTS:
         group = _GROUPS[part]
         leaves = layout.leaves(part, nn.unbox(boxed)[group])
         weights = _checked_weights(root / part, part, model, leaves)
         places = traverse_util.flatten_dict(targets[group], sep="/")
-        todo += [(group, leaf, weights, places[leaf.path]) for leaf in leaves]
-    sizes = [param_dtype.itemsize * int(np.prod(leaf.shape)) for _, leaf, _, _ in todo]
-    found, done = {}, 0
+        for leaf in leaves:
+            read = functools.partial(_place, leaf, weights, param_dtype, places[leaf.path])
+            found[f"{group}/{leaf.path}"] = LazyArray(leaf.shape, param_dtype, read)
+    return model, {"params": traverse_util.unflatten_dict(found, sep="/")}
+
+
+def load(
+    path: str | os.PathLike, *, dtype="float32", param_dtype="float32", mesh: Mesh | None = None
+) -> tuple[cola.ColaDLM, Params]:
+    """Model and parameters of a released directory.
+
+    Besides the parameters there is never more than the largest of them in memory.
+
+    Args:
+      path: the directory.
+      dtype: compute type of the model.
+      param_dtype: type of the parameters; float32 holds every released type exactly.
+      mesh: None: all on the first device. Given: each shard goes where `cola_jax.sharding` puts it.
+
+    Raises:
+      UserError: a part, tensor or option that is missing or does not fit; one line that names file and tensor.
+    """
+    model, lazy = open_lazily(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    leaves, structure = jax.tree.flatten(lazy)
+    sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
     # The largest first: what is in flight besides the parameters is most when they are few.
     for index in np.argsort(sizes, kind="stable")[::-1]:
-        group, leaf, weights, target = todo[index]
-        found[f"{group}/{leaf.path}"] = jax.block_until_ready(_place(leaf, weights, param_dtype, target))
-        done += sizes[index]
-        if progress is not None:
-            progress(done, sum(sizes))
-    ordered = {f"{group}/{leaf.path}": found[f"{group}/{leaf.path}"] for group, leaf, _, _ in todo}
-    return model, {"params": traverse_util.unflatten_dict(ordered, sep="/")}
+        leaves[index] = jax.block_until_ready(leaves[index].read())
+    return model, jax.tree.unflatten(structure, leaves)
 
 
 def origin(path: str | os.PathLike) -> dict:
@@ -233,25 +236,21 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _producer(leaves, given, group: str, model, kept: dict, part_specs, report: Callable[[int], None]):
-    """A function from the name of a tensor to its value."""
-    sources = {name: (leaf, layer) for leaf in leaves for layer, name in enumerate(leaf.names)}
-
-    def produce(name: str) -> np.ndarray:
-        spec = part_specs[name]
-        report(spec.nbytes)
-        if name not in sources:
-            stored = kept.get("frequencies", {}).get(name)
-            value = layout.frequencies(model.dit_config) if stored is None else np.asarray(stored, np.float32)
-            return _cast(value, spec.dtype, name)
-        leaf, layer = sources[name]
-        value = given[f"{group}/{leaf.path}"]
-        one_piece = not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1
-        if leaf.stacked:  # the whole of an array on one device is a view, of a sharded one it would be a copy
-            value = np.asarray(value)[layer] if one_piece else value[layer]
-        return leaf.to_released(_cast(np.asarray(value), spec.dtype, name))
-
-    return produce
+def _tensors(leaves, given, part: str, model, kept: dict, specs_of_part) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of a part's tensors, one parameter after another."""
+    for leaf in leaves:
+        value = given[f"{_GROUPS[part]}/{leaf.path}"]
+        value = value.read() if isinstance(value, LazyArray) else value
+        if not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1:
+            value = np.asarray(value)  # a view; of an array on several devices it would be a copy
+        for layer, name in enumerate(leaf.names):
+            one = np.asarray(value[layer] if leaf.stacked else value)
+            yield name, leaf.to_released(_cast(one, specs_of_part[name].dtype, name))
+    frequencies = layout.frequencies(model.dit_config)
+    for name in layout.frequency_names(part, model.dit_config):
+        if name in specs_of_part:
+            stored = np.asarray(kept.get("frequencies", {}).get(name, frequencies), np.float32)
+            yield name, _cast(stored, specs_of_part[name].dtype, name)
 
 
 def prepare_target(path: Path, needed: int, overwrite: bool) -> None:
@@ -317,7 +316,7 @@ def save(
     Args:
       path: the directory, new or empty.
       model: its configs decide the layout.
-      params: its variables, of any float type, on one device or sharded over those of this process.
+      params: its variables, of any float type, on one device or sharded over those of this process, or lazy.
       dtype: float32, bfloat16 or float16; None: that of ``kept``, else float32.
       kept: what `origin` read from the directory that the model came from; None: metadata is ours.
       tokenizer: a tokenizer.json to put beside the parts.
@@ -350,18 +349,19 @@ def save(
     prepare_target(path, needed, overwrite)
     total, done = sum(spec.nbytes for _, _, part, _ in parts.values() for spec in part.values()), 0
 
-    def report(nbytes: int) -> None:
+    def report(tensor: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
         nonlocal done
-        done += nbytes
+        done += tensor[1].nbytes
         if progress is not None:
             progress(done, total)
+        return tensor
 
     with new_directory(path) as temporary:
         for part, (leaves, origin_of, part_specs, config) in parts.items():
             folder = temporary / part
             folder.mkdir()
             files.write_json(folder / "config.json", config)
-            produce = _producer(leaves, given, _GROUPS[part], model, origin_of, part_specs, report)
-            files.write(folder, part_specs, produce, max_shard_size)
+            tensors = _tensors(leaves, given, part, model, origin_of, part_specs)
+            files.write(folder, part_specs, map(report, tensors), max_shard_size)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)

@@ -65,16 +65,13 @@ def to_run(
     needed = files.total_bytes(release.specs(release.read_model(source), dtype).values())
     release.prepare_target(target, needed, overwrite=False)
     kept = release.origin(source)
-    _, params = release.load(source, param_dtype=dtype, mesh=mesh, progress=_Report("reading"))
+    _, params = release.open_lazily(source, param_dtype=dtype, mesh=mesh)
     with release.new_directory(target) as temporary:
         files.write_json(temporary / "config.json", configs.to_dict(config))
         files.write_json(temporary / ORIGIN, kept)
         if (source / release.TOKENIZER).exists():
             shutil.copyfile(source / release.TOKENIZER, temporary / release.TOKENIZER)
-        print("writing ...", flush=True)
-        began = time.monotonic()
-        checkpoint.save_params(temporary / "stage2", 0, params, config, tokenizer)
-        print(f"writing took {time.monotonic() - began:.0f} s", flush=True)
+        checkpoint.save_params(temporary / "stage2", 0, params, config, tokenizer, _Report("converting"))
     print(f"{target}: a run with the released model as step 0 of stage 2", flush=True)
 
 
@@ -103,9 +100,9 @@ def to_released(
       max_shard_size, overwrite: see `release.save`.
 
     Raises:
-      UserError: see `checkpoint.load_params` and `release.save`.
+      UserError: see `checkpoint.open_params` and `release.save`.
     """
-    loaded = checkpoint.load_params(source)
+    loaded = checkpoint.open_params(source)
     run, data = loaded.tokenizer_path.parent, loaded.config.data
     vae = loaded.config.vae
     if not vae.vocab_size:
@@ -122,7 +119,7 @@ def to_released(
         tokenizer=file if has_file else None,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        progress=_Report("writing"),
+        progress=_Report("converting"),
     )
     print(f"{target}: step {loaded.step} of {source} in the released layout", flush=True)
     if not has_file:

@@ -4,10 +4,11 @@ The library writes a file from tensors that are all in memory at once, which for
 copy of it. The format is simple (length of the header, header as JSON, bytes), so `write` streams it.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,22 +155,6 @@ def _header(specs: dict[str, Spec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write_one(path: Path, specs: dict[str, Spec], produce: Callable[[str], np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        file.write(_header(specs))
-        for name in _ordered(specs):
-            value = np.ascontiguousarray(produce(name))
-            if value.shape != specs[name].shape or value.dtype != specs[name].dtype:
-                raise ValueError(f"{name}: {value.dtype} {value.shape} is not {specs[name]}")
-            file.write(value.reshape(-1).view(np.uint8).data)
-        _sync(file)
-
-
 def _shards(specs: dict[str, Spec], limit: int) -> list[dict[str, Spec]]:
     shards: list[dict[str, Spec]] = [{}]
     size = 0
@@ -182,36 +167,56 @@ def _shards(specs: dict[str, Spec], limit: int) -> list[dict[str, Spec]]:
     return shards
 
 
-def write(folder: Path, specs: dict[str, Spec], produce: Callable[[str], np.ndarray], limit: int) -> None:
+def write(folder: Path, specs: dict[str, Spec], tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> None:
     """Writes the tensors of one part.
 
     Args:
       folder: an existing directory.
       specs: types and shapes of all tensors.
-      produce: gives each tensor when its turn comes; one is in memory at a time.
+      tensors: names and values, each once, in any order; one is in memory at a time.
       limit: bytes of tensors in a file; above it there are several files and an index.
 
     Raises:
       OSError: the disk is full, for example.
     """
     shards = _shards(specs, limit)
-    if len(shards) == 1:
-        _write_one(folder / SINGLE, specs, produce)
-        return
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_one(folder / name, shard, produce)
-        places |= dict.fromkeys(shard, name)
-    total = sum(spec.nbytes for spec in specs.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    places: dict[str, tuple] = {}
+    with contextlib.ExitStack() as opened:
+        for name, shard in zip(names, shards, strict=True):
+            file = opened.enter_context(open(folder / name, "wb"))
+            header = _header(shard)
+            file.write(header)
+            start = len(header)
+            for tensor in _ordered(shard):
+                places[tensor] = (file, start)
+                start += shard[tensor].nbytes
+            file.truncate(start)
+        for name, value in tensors:
+            file, start = places.pop(name)
+            value = np.ascontiguousarray(value)
+            if value.shape != specs[name].shape or value.dtype != specs[name].dtype:
+                raise ValueError(f"{name}: {value.dtype} {value.shape} is not {specs[name]}")
+            file.seek(start)
+            file.write(value.reshape(-1).view(np.uint8).data)
+        if places:
+            raise ValueError(f"{next(iter(places))}: not given")
+    for name in names:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_json(path: Path, value: dict) -> None:
     """Writes a JSON object to the disk."""
     with open(path, "wb") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def total_bytes(specs: Iterable[dict[str, Spec]]) -> int:
