@@ -63,6 +63,7 @@ def read_model(path: str | os.PathLike, dtype="float32") -> cola.ColaDLM:
     return cola.create(vae, dit, dtype)
 
 
+@functools.lru_cache(maxsize=4)  # tracing takes a second
 def abstract(model: cola.ColaDLM) -> PyTree:
     """Shapes of a model's parameters, boxed with their logical axes; nothing is computed."""
     tokens = jnp.zeros((1, model.dit_config.block_size * model.vae_config.patch_size), jnp.int32)
@@ -214,7 +215,7 @@ def specs(model: cola.ColaDLM, dtype="float32") -> dict[str, dict[str, files.Spe
     return {part: _specs(part, layout.leaves(part, shapes[_GROUPS[part]]), model, dtype, {}) for part in PARTS}
 
 
-def _checked_params(model: cola.ColaDLM, params: Params) -> dict[str, jax.Array]:
+def _checked_params(model: cola.ColaDLM, params: Params) -> dict:
     """The parameters by path; raises UserError unless they are exactly the model's."""
     needed = traverse_util.flatten_dict(nn.unbox(abstract(model)), sep="/")
     given = traverse_util.flatten_dict(nn.unbox(params)["params"], sep="/")
@@ -329,6 +330,8 @@ def save(
         not empty, too little disk.
     """
     path = Path(path).absolute()
+    for part, config in ((VAE, model.vae_config), (DIT, model.dit_config)):
+        options.check_expressible(part, config)
     given = _checked_params(model, params)
     dtype = None if dtype is None else files.dtype_of(jnp.dtype(dtype).name, "dtype")
     if max_shard_size < 1:

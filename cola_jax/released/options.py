@@ -102,6 +102,8 @@ _IGNORED = frozenset(
 )
 _MASKS = ("causal", "block_causal")  # together they are our `attention`
 _ROPE_THETA = 10_000.0  # of the DiT; released configs have no field for it
+# Options of ours that released configs have no field for, with the value that a released model has.
+_OURS = {VAE: {"logsnr": None}, DIT: {"block_position": False, "no_history_vector": False, "rope_theta": _ROPE_THETA}}
 
 
 def _fits(kind: str, value) -> bool:
@@ -187,8 +189,9 @@ def check_pair(vae: VAEConfig, dit: DiTConfig, file="cola_dit/config.json") -> N
         )
 
 
-def _refuse_ours(part: str, config, only: dict) -> None:
-    for name, value in only.items():
+def check_expressible(part: str, config: VAEConfig | DiTConfig) -> None:
+    """Raises UserError that names an option of ours which the released layout cannot express."""
+    for name, value in _OURS[part].items():
         if getattr(config, name) != value:
             raise UserError(
                 f"{part}: {name} = {getattr(config, name)!r}: the released layout has no such option; "
@@ -212,10 +215,7 @@ def released_config(part: str, config: VAEConfig | DiTConfig, dtype: str, kept: 
     Raises:
       UserError: an option of ours that the released layout cannot express.
     """
-    if part == VAE:
-        _refuse_ours(part, config, {"logsnr": None})
-    else:
-        _refuse_ours(part, config, {"block_position": False, "no_history_vector": False, "rope_theta": _ROPE_THETA})
+    check_expressible(part, config)
     fields = {theirs: getattr(config, field.name) for theirs, field in _HONOURED[part].items()}
     if part == VAE:
         block_causal = config.attention == "block_causal"
