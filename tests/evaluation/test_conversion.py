@@ -91,7 +91,8 @@ def test_a_run_is_accepted_wherever_runs_are(released, run):
     assert (settings.eos_id, settings.pad_id, settings.context) == (65, 66, 512)
     assert first.tokenizer.decode(first.tokenizer.encode("a cat.")) == "a cat."
     prompt = first.tokenizer.encode("a cat.")
-    out = [quickly(sampling.generate, r.model, r.params, [prompt], settings, rng.key(0, "sample")) for r in (first, second)]
+    key = rng.key(0, "sample")
+    out = [quickly(sampling.generate, run.model, run.params, [prompt], settings, key) for run in (first, second)]
     np.testing.assert_array_equal(out[0].tokens, out[1].tokens)
     assert np.isfinite(out[0].latents).all()
 
@@ -112,7 +113,7 @@ def test_parameters_are_verified(run, tmp_path):
 
 
 def test_a_run_of_another_config_does_not_take_its_directory(run):
-    with pytest.raises(UserError, match="holds a run with another config .*tokenizer: 'huggingface' -> 'sentencepiece'"):
+    with pytest.raises(UserError, match="with another config .*tokenizer: 'huggingface' -> 'sentencepiece'"):
         loop.claim_workdir(configs.Config(), run)
 
 
