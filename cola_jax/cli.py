@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cola_jax import config as configs
+from cola_jax.evaluation import trained
 from cola_jax.train import loop
 from cola_jax.types import UserError
 
@@ -26,6 +27,14 @@ def config_flag(name: str = "config"):
     # Configs import each other as `configs.x`, from the folder above launch/.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     return config_flags.DEFINE_config_file(name, lock_config=True, help_string="a file of configs/")
+
+
+def checkpoint_flags() -> Callable[[], trained.Trained]:
+    """Defines ``--checkpoint`` and what goes with it; returns a function that loads what they name."""
+    path = flags.DEFINE_string("checkpoint", None, "directory of a run (--workdir of the training), or a released one")
+    tokenizer = flags.DEFINE_string("tokenizer", None, "a tokenizer.json; default: the one in a released directory")
+    ids = [flags.DEFINE_integer(name, -1, "special id; default: from the file", -1) for name in ("eos_id", "pad_id")]
+    return lambda: trained.load(path.value, tokenizer=tokenizer.value, eos_id=ids[0].value, pad_id=ids[1].value)
 
 
 def read_config(flag) -> configs.Config:

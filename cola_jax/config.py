@@ -62,8 +62,10 @@ class DataConfig:
     corpus: str = "stories"  # stories | text
     files: str = ""  # corpus "text": a file or a glob of UTF-8 files
     document_separator: str = "\n\n"  # corpus "text": what divides a file into documents; "": one document a file
-    tokenizer: str = "sentencepiece"  # sentencepiece | bytes
-    tokenizer_path: str = ""  # a trained SentencePiece model; "": train one on the corpus, kept in the workdir
+    tokenizer: str = "sentencepiece"  # sentencepiece | bytes | huggingface
+    tokenizer_path: str = ""  # SentencePiece model or tokenizer.json; "": trained on the corpus, kept in the workdir
+    eos_id: int = -1  # tokenizer "huggingface": the end of text; -1: found in its file
+    pad_id: int = -1  # and the padding
     vocab_size: int = 1024  # at most, for a tokenizer trained here
     sequence_length: int = 64  # T
     packing: str = "concat"  # concat (rows full, documents cut at their ends) | pad (one document a row)
@@ -76,13 +78,14 @@ class DataConfig:
 
     def validate(self) -> None:
         _require_choice("data", self, "corpus", ("stories", "text"))
-        _require_choice("data", self, "tokenizer", ("sentencepiece", "bytes"))
+        _require_choice("data", self, "tokenizer", ("sentencepiece", "bytes", "huggingface"))
         _require_choice("data", self, "packing", ("concat", "pad"))
         _require(
             self.corpus != "text" or bool(self.files), "data.files", self.files, "a file or a glob (corpus = 'text')"
         )
         _require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
         _require_at_least(0, "data", self, "num_workers")
+        _require_at_least(-1, "data", self, "eos_id", "pad_id")
         _require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
         _require(0 < self.holdout < 1, "data.holdout", self.holdout, "a number between 0 and 1")
         _require(
@@ -100,7 +103,7 @@ class VAEConfig:
 
     vocab_size: int = 0  # V; 0: the tokenizer's. The embedding has one more row, the mask token
     dim: int = 64
-    ffn_dim: int = 256  # value and gate together
+    ffn_dim: int = 256  # with activation "swiglu" value and gate together
     num_heads: int = 4
     encoder_layers: int = 1
     decoder_layers: int = 1
@@ -112,13 +115,15 @@ class VAEConfig:
     qk_norm: bool = True  # over the whole width, before heads are split
     qk_norm_affine: bool = True
     qkv_bias: bool = False
-    bias: bool = True  # of the other linear layers
+    bias: bool = True  # of the other linear layers; those that make and undo patches always have one
+    activation: str = "swiglu"  # swiglu | silu | gelu
     clip_qkv: float | None = None
-    norm_affine: bool = True
+    norm_affine: bool = True  # of the norm at the attention; the others always have scale and bias
     norm_eps: float = 1e-6
     rope_theta: float = 500_000.0
+    rope_full_precision: bool = True  # False: rotations in the compute type
     normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
-    variational: bool = True  # False: no variance head, a deterministic autoencoder
+    variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
     logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
     shift: float = 0.0  # latents are normalised as (z - shift) * scale
     scale: float = 1.0
@@ -136,7 +141,10 @@ class VAEConfig:
         _require_at_least(0, "vae", self, "vocab_size")
         _require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
         _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
-        _require(self.ffn_dim >= 2 and self.ffn_dim % 2 == 0, "vae.ffn_dim", self.ffn_dim, "an even number")
+        _require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
+        gated = self.activation == "swiglu"
+        ok = self.ffn_dim >= 2 and self.ffn_dim % 2 == 0 if gated else self.ffn_dim >= 1
+        _require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
         _require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
         if self.logsnr is not None:
             _require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
@@ -290,6 +298,7 @@ class SampleConfig:
     max_new_tokens: int = 64
     temperature: float = 0.0
     repetition_penalty: float = 1.0
+    pad_prompts: bool = False  # fill a prompt's last block with padding that the model sees, as released code does
     report_stories: int = 0  # corpus "stories": generated for the report at the end of the run; 0: no report
 
     def validate(self) -> None:

@@ -1,216 +1,370 @@
-"""Reads checkpoints in the released layout (SPEC 9).
+"""Checkpoints in the released layout (SPEC 9): read into a model and its parameters, and written from them.
 
-A directory holds ``cola_vae/`` and ``cola_dit/``, each with config.json and model.safetensors.
+A directory holds ``cola_vae/`` and ``cola_dit/``, each with config.json and model.safetensors (or several files and
+model.safetensors.index.json), and often a tokenizer.json. Both directions go tensor by tensor and are exact to the
+bit: float32 holds bfloat16 and float16. What the files hold beyond model and parameters (metadata, types, the stored
+rotary frequencies) is what `origin` reads and `save` takes back.
 """
 
-import json
-import pathlib
-import re
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from flax import traverse_util
+from jax.sharding import Mesh, Sharding
 
-from cola_jax.config import DiTConfig, VAEConfig
+from cola_jax import sharding
 from cola_jax.models import cola
-from cola_jax.types import Params, UserError
+from cola_jax.released import files, layout, options
+from cola_jax.released.options import DIT, PARTS, VAE
+from cola_jax.types import LazyArray, Params, PyTree, UserError
 
-# Released tensor name -> path in our tree. "{i}" is the layer, which our trees stack on a leading axis.
-_VAE_LAYER = {
-    "norm_attn.weight": "norm_attn.scale",
-    "norm_attn.bias": "norm_attn.bias",
-    "qkv_proj.weight": "qkv_proj.kernel",
-    "qkv_proj.bias": "qkv_proj.bias",
-    "q_norm.weight": "q_norm.scale",
-    "q_norm.bias": "q_norm.bias",
-    "k_norm.weight": "k_norm.scale",
-    "k_norm.bias": "k_norm.bias",
-    "attn_out_proj.weight": "attn_out_proj.kernel",
-    "attn_out_proj.bias": "attn_out_proj.bias",
-    "norm_ffn.weight": "norm_ffn.scale",
-    "norm_ffn.bias": "norm_ffn.bias",
-    "ffn_proj.weight": "ffn_proj.kernel",
-    "ffn_proj.bias": "ffn_proj.bias",
-    "ffn_out.weight": "ffn_out.kernel",
-    "ffn_out.bias": "ffn_out.bias",
-}
-_VAE = {"encoder.wte.weight": "encoder.wte", "decoder.final_norm.weight": "decoder.final_norm.scale"}
-_VAE |= {"decoder.final_norm.bias": "decoder.final_norm.bias"}
-for _linear in ("encoder.patch_embedder", "encoder.final_layer", "decoder.in_layer", "decoder.unpatch_layer"):
-    _VAE |= {f"{_linear}.weight": f"{_linear}.kernel", f"{_linear}.bias": f"{_linear}.bias"}
-_VAE |= {
-    "decoder.final_layer.weight": "decoder.final_layer.kernel",
-    "decoder.final_layer.bias": "decoder.final_layer.bias",
-}
-for _part in ("encoder", "decoder"):
-    _VAE |= {f"{_part}.blocks.{{i}}.{k}": f"{_part}.layers.{v}" for k, v in _VAE_LAYER.items()}
-
-_DIT_LAYER = {
-    "msa.proj_qkv.weight": "qkv.kernel",
-    "msa.proj_qkv.bias": "qkv.bias",
-    "msa.proj_out.weight": "out.kernel",
-    "msa.proj_out.bias": "out.bias",
-    "msa.norm_q.weight": "norm_q.scale",
-    "msa.norm_q.bias": "norm_q.bias",
-    "msa.norm_k.weight": "norm_k.scale",
-    "msa.norm_k.bias": "norm_k.bias",
-    "mlp.proj_in.weight": "mlp_in.kernel",
-    "mlp.proj_in.bias": "mlp_in.bias",
-    "mlp.proj_out.weight": "mlp_out.kernel",
-    "mlp.proj_out.bias": "mlp_out.bias",
-}
-for _theirs, _ours in (
-    ("msa_in", "attention_modulation"),
-    ("msa_out", "attention_gate"),
-    ("mlp_in", "mlp_modulation"),
-    ("mlp_out", "mlp_gate"),
-):
-    _DIT_LAYER |= {f"ada.{_theirs}.1.weight": f"{_ours}.linear.kernel", f"ada.{_theirs}.1.bias": f"{_ours}.linear.bias"}
-_DIT = {f"blocks.{{i}}.{k}": f"layers.{v}" for k, v in _DIT_LAYER.items()}
-for _theirs, _ours in (
-    ("txt_in.proj", "in_layer"),
-    ("emb_in.proj_in", "time_in"),
-    ("emb_in.proj_hid", "time_hidden"),
-    ("emb_in.proj_out", "time_out"),
-    ("txt_out_ada.out_in.1", "out_modulation.linear"),
-    ("txt_out.proj", "out_layer"),
-):
-    _DIT |= {f"{_theirs}.weight": f"{_ours}.kernel", f"{_theirs}.bias": f"{_ours}.bias"}
-_DIT |= {"txt_out_norm.weight": "out_norm.scale", "txt_out_norm.bias": "out_norm.bias"}
-_DERIVED = re.compile(r"blocks\.\d+\.msa\.rope\.rope\.freqs")
+TOKENIZER = "tokenizer.json"
+# (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
+_GROUPS = {VAE: "vae", DIT: "dit"}
+# Stored frequencies are rounded once more in a file of a narrower type.
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-9}
 
 
-# Options of which only one value is supported.
-_VAE_FIXED = {"act": "swiglu", "shared_heads_kv": 1, "layer_norm_type": "layer_norm", "use_emb": True}
-_DIT_FIXED = {"patch_size": 1}
+def is_released(path: str | os.PathLike) -> bool:
+    """Whether a directory has the released layout, or one of its two parts."""
+    return any((Path(path) / part).is_dir() for part in PARTS)
 
 
-def _refuse_others(part: str, released: dict, supported: dict) -> None:
-    for name, value in supported.items():
-        if released.get(name, value) != value:
-            raise UserError(f"{part}/config.json: {name} = {released[name]!r}: supported is {value!r}")
+def read_model(path: str | os.PathLike, dtype="float32") -> cola.ColaDLM:
+    """The model of a released directory from its two config files alone.
 
-
-def vae_config(released: dict) -> VAEConfig:
-    """Our config of a released cola_vae/config.json; raises UserError for an option that is not supported."""
-    _refuse_others("cola_vae", released, _VAE_FIXED)
-    if not (released["causal"] or released["block_causal"]):
-        raise UserError("cola_vae/config.json: causal = block_causal = False: supported is one of them")
-    return VAEConfig(
-        vocab_size=released["vocab_size"],
-        dim=released["dim"],
-        ffn_dim=released["ffn_dim"],
-        num_heads=released["num_heads"],
-        encoder_layers=released["encoder_num_blocks"],
-        decoder_layers=released["decoder_num_blocks"],
-        latent_dim=released["latent_dim"],
-        patch_size=released["patch_size"],
-        block_size=released["block_size"],
-        attention="block_causal" if released["block_causal"] else "causal",
-        post_norm=released["post_norm"],
-        qk_norm=released["qk_norm"],
-        qk_norm_affine=released["qk_norm_affine"],
-        qkv_bias=released["qk_bias"],
-        bias=released["bias"],
-        clip_qkv=released["clip_qkv"],
-        norm_affine=released["layer_norm_affine"],
-        norm_eps=released["layer_norm_eps"],
-        rope_theta=float(released["rope_theta"]),
-        normalize_mean=released["encoder_last_ln"],
-        variational=released["use_variation"],
-        shift=released["shifting_factor"],
-        scale=released["scaling_factor"],
-    )
-
-
-def dit_config(released: dict) -> DiTConfig:
-    """Our config of a released cola_dit/config.json; raises UserError for an option that is not supported."""
-    _refuse_others("cola_dit", released, _DIT_FIXED | {"txt_out_channels": released["txt_in_channels"]})
-    return DiTConfig(
-        latent_dim=released["txt_in_channels"],
-        block_size=released["block_size"],
-        dim=released["txt_dim"],
-        num_heads=released["heads"],
-        head_dim=released["head_dim"],
-        num_layers=released["num_layers"],
-        mlp_ratio=released["expand_ratio"],
-        time_dim=released["emb_dim"],
-        rope_dim=released["rope_dim"],
-        qkv_bias=released["qk_bias"],
-        norm_eps=released["norm_eps"],
-    )
-
-
-def _ours_from_theirs(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One released tensor (out, in) as our (in, *out) kernel of the given shape; other tensors as they are."""
-    if not path.endswith("kernel"):
-        return tensor.reshape(shape)
-    if path.endswith("patch_embedder.kernel"):  # a convolution (out, in, patch); ours flattens (patch, in)
-        return tensor.transpose(2, 1, 0).reshape(shape)
-    return tensor.T.reshape(shape)
-
-
-def _flat(tree, prefix=""):
-    for name, value in tree.items():
-        path = f"{prefix}.{name}" if prefix else name
-        if hasattr(value, "items"):
-            yield from _flat(value, path)
-        else:
-            yield path, value
-
-
-def _read_part(folder: pathlib.Path, names: dict[str, str], abstract: dict) -> dict:
-    """The parameter tree of one part, every tensor accounted for."""
-    file = folder / "model.safetensors"
-    released_name = {path: theirs for theirs, path in names.items()}
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            present = set(tensors.keys())
-            tree: dict = {}
-            for path, leaf in _flat(abstract):
-                theirs = released_name[path]
-                stacked = "{i}" in theirs
-                used = [theirs.replace("{i}", str(i)) for i in range(leaf.shape[0])] if stacked else [theirs]
-                if missing := [name for name in used if name not in present]:
-                    raise UserError(f"{file}: tensor {missing[0]} is missing")
-                shape = leaf.shape[1:] if stacked else leaf.shape
-                parts = []
-                for name in used:
-                    tensor = tensors.get_tensor(name)
-                    if tensor.size != np.prod(shape):
-                        raise UserError(f"{file}: tensor {name} has shape {tensor.shape}, the config needs {shape}")
-                    parts.append(_ours_from_theirs(path, tensor.astype(np.float32), shape))
-                present -= set(used)
-                node = tree
-                *parents, last = path.split(".")
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = jnp.asarray(np.stack(parts) if stacked else parts[0])
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    if extra := sorted(name for name in present if not _DERIVED.fullmatch(name)):
-        raise UserError(f"{file}: tensor {extra[0]} has no place in a model of this config")
-    return tree
-
-
-def load(path) -> tuple[cola.ColaDLM, Params]:
-    """Model and parameters (float32) of a released directory.
+    Args:
+      path: the directory.
+      dtype: compute type.
 
     Raises:
-      UserError: a part, tensor or option that is missing or does not fit.
+      UserError: a part or field that is missing or not supported.
     """
-    root = pathlib.Path(path)
-    read = {}
-    for part in ("cola_vae", "cola_dit"):
-        try:
-            read[part] = json.loads((root / part / "config.json").read_text())
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{root / part / 'config.json'}: not a readable config ({error})") from None
-    model = cola.create(vae_config(read["cola_vae"]), dit_config(read["cola_dit"]))
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"{root}: not a directory: allowed is one with {VAE}/ and {DIT}/")
+    for part in PARTS:
+        if not (root / part).is_dir():
+            raise UserError(f"{root / part}: missing: a released checkpoint has {VAE}/ and {DIT}/")
+    file = {part: root / part / "config.json" for part in PARTS}
+    vae = options.vae_config(files.read_json(file[VAE]), file[VAE])
+    dit = options.dit_config(files.read_json(file[DIT]), file[DIT])
+    options.check_pair(vae, dit, file[DIT])
+    return cola.create(vae, dit, dtype)
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a second
+def abstract(model: cola.ColaDLM) -> PyTree:
+    """Shapes of a model's parameters, boxed with their logical axes; nothing is computed."""
     tokens = jnp.zeros((1, model.dit_config.block_size * model.vae_config.patch_size), jnp.int32)
-    abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))["params"]
-    vae = _read_part(root / "cola_vae", _VAE, abstract["vae"])
-    dit = _read_part(root / "cola_dit", _DIT, abstract["dit"])
-    return model, {"params": {"vae": vae, "dit": dit}}
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def _check_frequencies(weights: files.Weights, name: str, model: cola.ColaDLM) -> None:
+    """Raises UserError if a stored buffer is not the one that the config's rotary embedding has."""
+    expected = layout.frequencies(model.dit_config)
+    weights.require(name, expected.shape)
+    stored = weights.read(name)
+    if not np.allclose(stored.astype(np.float32), expected, rtol=_TOLERANCE[stored.dtype.name], atol=0):
+        raise UserError(
+            f"{weights.file(name)}: tensor {name} does not hold the frequencies of rope_dim = "
+            f"{model.dit_config.rope_dim} and theta = {model.dit_config.rope_theta:g}"
+        )
+
+
+def _checked_weights(folder: Path, part: str, model: cola.ColaDLM, leaves: list[layout.Leaf]) -> files.Weights:
+    """The opened weights of a part, every tensor accounted for."""
+    weights = files.Weights(folder)
+    used = set(layout.frequency_names(part, model.dit_config))
+    for leaf in leaves:
+        used.update(leaf.names)
+        for name in leaf.names:
+            weights.require(name, leaf.released_shape)
+    if extra := sorted(set(weights.specs) - used):
+        raise UserError(f"{weights.file(extra[0])}: tensor {extra[0]} has no place in a model of this config")
+    for name in layout.frequency_names(part, model.dit_config):
+        if name in weights.specs:
+            _check_frequencies(weights, name, model)
+    return weights
+
+
+def _key(index: tuple, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True))
+
+
+def _place(leaf: layout.Leaf, weights: files.Weights, dtype: np.dtype, target: Sharding) -> jax.Array:
+    """One parameter, each shard of it filled from one tensor at a time."""
+    indices = target.addressable_devices_indices_map(leaf.shape).values()
+    shards = {}
+    for index in indices:
+        key = _key(index, leaf.shape)
+        if key not in shards:
+            shards[key] = np.empty([stop - start for start, stop in key], dtype)
+    for layer, name in enumerate(leaf.names):
+        value = leaf.to_ours(weights.read(name))
+        for key, shard in shards.items():
+            rest = tuple(slice(start, stop) for start, stop in (key[1:] if leaf.stacked else key))
+            if not leaf.stacked:
+                shard[...] = value[rest]
+            elif key[0][0] <= layer < key[0][1]:
+                shard[layer - key[0][0]] = value[rest]
+    return jax.make_array_from_callback(leaf.shape, target, lambda index: shards[_key(index, leaf.shape)])
+
+
+def open_lazily(
+    path: str | os.PathLike, *, dtype="float32", param_dtype="float32", mesh: Mesh | None = None
+) -> tuple[cola.ColaDLM, Params]:
+    """`load`, with each parameter a `LazyArray` that is read, onto its devices, when it is asked for.
+
+    Everything that does not need the values is checked here.
+    """
+    root = Path(path)
+    param_dtype = files.dtype_of(jnp.dtype(param_dtype).name, "param_dtype")
+    model = read_model(root, dtype)
+    boxed = abstract(model)
+    if mesh is None:
+        home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        targets = jax.tree.map(lambda _: home, nn.unbox(boxed))
+    else:
+        targets = sharding.shardings(boxed, mesh)
+    found = {}
+    for part in PARTS:
+        group = _GROUPS[part]
+        leaves = layout.leaves(part, nn.unbox(boxed)[group])
+        weights = _checked_weights(root / part, part, model, leaves)
+        places = traverse_util.flatten_dict(targets[group], sep="/")
+        for leaf in leaves:
+            read = functools.partial(_place, leaf, weights, param_dtype, places[leaf.path])
+            found[f"{group}/{leaf.path}"] = LazyArray(leaf.shape, param_dtype, read)
+    return model, {"params": traverse_util.unflatten_dict(found, sep="/")}
+
+
+def load(
+    path: str | os.PathLike, *, dtype="float32", param_dtype="float32", mesh: Mesh | None = None
+) -> tuple[cola.ColaDLM, Params]:
+    """Model and parameters of a released directory.
+
+    Besides the parameters there is never more than the largest of them in memory.
+
+    Args:
+      path: the directory.
+      dtype: compute type of the model.
+      param_dtype: type of the parameters; float32 holds every released type exactly.
+      mesh: None: all on the first device. Given: each shard goes where `cola_jax.sharding` puts it.
+
+    Raises:
+      UserError: a part, tensor or option that is missing or does not fit; one line that names file and tensor.
+    """
+    model, lazy = open_lazily(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    leaves, structure = jax.tree.flatten(lazy)
+    sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
+    # The largest first: what is in flight besides the parameters is most when they are few.
+    for index in np.argsort(sizes, kind="stable")[::-1]:
+        leaves[index] = jax.block_until_ready(leaves[index].read())
+    return model, jax.tree.unflatten(structure, leaves)
+
+
+def origin(path: str | os.PathLike) -> dict:
+    """What the files of a released directory hold beyond model and parameters, as JSON can hold it.
+
+    Returns:
+      For each part: ``config`` (the file as it is), ``dtypes`` (of each tensor), ``frequencies`` (each stored
+      rotary buffer, float32).
+    """
+    found = {}
+    model = read_model(path)
+    for part in PARTS:
+        weights = files.Weights(Path(path) / part)
+        buffers = [name for name in layout.frequency_names(part, model.dit_config) if name in weights.specs]
+        found[part] = {
+            "config": files.read_json(Path(path) / part / "config.json"),
+            "dtypes": {name: spec.dtype.name for name, spec in sorted(weights.specs.items())},
+            "frequencies": {name: weights.read(name).astype(np.float32).tolist() for name in buffers},
+        }
+    return found
+
+
+def _specs(part: str, leaves: list[layout.Leaf], model: cola.ColaDLM, dtype, kept: dict) -> dict[str, files.Spec]:
+    shapes = {name: leaf.released_shape for leaf in leaves for name in leaf.names}
+    stored = layout.frequency_names(part, model.dit_config)
+    if kept:  # a file without the buffers stays without
+        stored = [name for name in stored if name in kept["frequencies"]]
+    shapes |= {name: layout.frequencies(model.dit_config).shape for name in stored}
+    types = {} if dtype is not None else kept.get("dtypes", {})
+    default = np.dtype(np.float32) if dtype is None else dtype
+    return {
+        name: files.Spec(files.dtype_of(types[name], name) if name in types else default, shape)
+        for name, shape in shapes.items()
+    }
+
+
+def specs(model: cola.ColaDLM, dtype="float32") -> dict[str, dict[str, files.Spec]]:
+    """Type and shape of every tensor that `save` writes for a model, by part and name; nothing is computed."""
+    shapes = nn.unbox(abstract(model))
+    dtype = files.dtype_of(jnp.dtype(dtype).name, "dtype")
+    return {part: _specs(part, layout.leaves(part, shapes[_GROUPS[part]]), model, dtype, {}) for part in PARTS}
+
+
+def _checked_params(model: cola.ColaDLM, params: Params) -> dict:
+    """The parameters by path; raises UserError unless they are exactly the model's."""
+    needed = traverse_util.flatten_dict(nn.unbox(abstract(model)), sep="/")
+    given = traverse_util.flatten_dict(nn.unbox(params)["params"], sep="/")
+    for name in sorted(set(needed) | set(given)):
+        if name not in given or name not in needed:
+            raise UserError(f"parameter {name}: {'missing' if name not in given else 'not one of this model'}")
+        if tuple(given[name].shape) != needed[name].shape:
+            raise UserError(f"parameter {name} has shape {given[name].shape}: the model needs {needed[name].shape}")
+        if not getattr(given[name], "is_fully_addressable", True):
+            raise UserError(f"parameter {name}: spread over processes; allowed is a checkpoint of one process")
+    return given
+
+
+def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if dtype == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(value)):
+        raise UserError(f"tensor {name}: {np.max(np.abs(value)):.3g} does not fit into float16")
+    return cast
+
+
+def _tensors(leaves, given, part: str, model, kept: dict, specs_of_part) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of a part's tensors, one parameter after another."""
+    for leaf in leaves:
+        value = given[f"{_GROUPS[part]}/{leaf.path}"]
+        value = value.read() if isinstance(value, LazyArray) else value
+        if not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1:
+            value = np.asarray(value)  # a view; of an array on several devices it would be a copy
+        for layer, name in enumerate(leaf.names):
+            one = np.asarray(value[layer] if leaf.stacked else value)
+            yield name, leaf.to_released(_cast(one, specs_of_part[name].dtype, name))
+    frequencies = layout.frequencies(model.dit_config)
+    for name in layout.frequency_names(part, model.dit_config):
+        if name in specs_of_part:
+            stored = np.asarray(kept.get("frequencies", {}).get(name, frequencies), np.float32)
+            yield name, _cast(stored, specs_of_part[name].dtype, name)
+
+
+def prepare_target(path: Path, needed: int, overwrite: bool) -> None:
+    """Raises UserError unless a directory of this size can be made here."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file: allowed is a directory, or a name that is free")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"{path}: not empty: allowed is a directory that is new or empty (or overwriting)")
+        if others := sorted(entry.name for entry in path.iterdir() if entry.name not in (*PARTS, TOKENIZER)):
+            raise UserError(f"{path}: holds {others[0]}: only a released checkpoint is overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+    if free < needed:
+        raise UserError(f"{path}: needs {needed / 1e9:.3f} GB of disk, {free / 1e9:.3f} GB are free")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes ``path`` at the end, or vanishes on an error.
+
+    What ``path`` held before is removed only after the new directory has its name.
+
+    Raises:
+      UserError: the disk is full or cannot be written.
+    """
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        old = None
+        if path.is_dir() and any(path.iterdir()):
+            old = temporary.with_suffix(".replaced")
+            path.rename(old)
+        temporary.rename(path)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(
+    path: str | os.PathLike,
+    model: cola.ColaDLM,
+    params: Params,
+    *,
+    dtype=None,
+    kept: dict | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    max_shard_size: int = 50 * 10**9,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a released directory: all of it, or nothing under this name.
+
+    Args:
+      path: the directory, new or empty.
+      model: its configs decide the layout.
+      params: its variables, of any float type, on one device or sharded over those of this process, or lazy.
+      dtype: float32, bfloat16 or float16; None: that of ``kept``, else float32.
+      kept: what `origin` read from the directory that the model came from; None: metadata is ours.
+      tokenizer: a tokenizer.json to put beside the parts.
+      max_shard_size: bytes of a weights file; above it there are several and an index.
+      overwrite: replace a released directory of this name.
+      progress: called after each tensor.
+
+    Raises:
+      UserError: an option that the layout cannot express, parameters that are not the model's, a target that is
+        not empty, too little disk.
+    """
+    path = Path(path).absolute()
+    for part, config in ((VAE, model.vae_config), (DIT, model.dit_config)):
+        options.check_expressible(part, config)
+    given = _checked_params(model, params)
+    dtype = None if dtype is None else files.dtype_of(jnp.dtype(dtype).name, "dtype")
+    if max_shard_size < 1:
+        raise UserError(f"max_shard_size = {max_shard_size}: allowed is at least 1 byte")
+    kept, shapes = kept or {}, nn.unbox(abstract(model))
+    parts = {}
+    for part in PARTS:
+        leaves, origin_of = layout.leaves(part, shapes[_GROUPS[part]]), kept.get(part, {})
+        part_specs = _specs(part, leaves, model, dtype, origin_of)
+        config = options.released_config(
+            part,
+            model.vae_config if part == VAE else model.dit_config,
+            max(part_specs.values(), key=lambda spec: spec.nbytes).dtype.name,
+            origin_of.get("config"),
+        )
+        parts[part] = leaves, origin_of, part_specs, config
+    needed = files.total_bytes(part_specs for _, _, part_specs, _ in parts.values())
+    prepare_target(path, needed, overwrite)
+    total, done = sum(spec.nbytes for _, _, part, _ in parts.values() for spec in part.values()), 0
+
+    def report(tensor: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
+        nonlocal done
+        done += tensor[1].nbytes
+        if progress is not None:
+            progress(done, total)
+        return tensor
+
+    with new_directory(path) as temporary:
+        for part, (leaves, origin_of, part_specs, config) in parts.items():
+            folder = temporary / part
+            folder.mkdir()
+            files.write_json(folder / "config.json", config)
+            tensors = _tensors(leaves, given, part, model, origin_of, part_specs)
+            files.write(folder, part_specs, map(report, tensors), max_shard_size)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / TOKENIZER)

@@ -17,9 +17,12 @@ V     vocabulary
 Flow time ``t`` runs from 0 (data) to 1 (noise).
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 PyTree = Any
@@ -29,6 +32,15 @@ Key = jax.Array  # typed PRNG key(s)
 
 class UserError(ValueError):
     """Something that the user can fix, told in one line: field or file, value, what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array on the disk, read when it is needed and not kept: what is converted need not fit into memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], jax.Array]
 
 
 class Posterior(NamedTuple):

@@ -16,7 +16,7 @@ from cola_jax import cli
 from cola_jax.evaluation import stories, trained
 from cola_jax.types import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run (--workdir of the training)")
+_LOAD = cli.checkpoint_flags()
 _COUNT = flags.DEFINE_integer("count", 512, "stories a row")
 _SEED = flags.DEFINE_integer("seed", 1, "of the noise")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "guidance scales; default: the run's config")
@@ -33,7 +33,7 @@ def _numbers(flag, kind, default: float) -> list:
 
 
 def main() -> None:
-    run = trained.load(_CHECKPOINT.value)
+    run = _LOAD()
     if run.config.data.corpus != "stories":
         raise UserError(f"config.data.corpus = {run.config.data.corpus!r}: only a model of 'stories' can be scored so")
     if _COUNT.value < 1:

@@ -19,7 +19,7 @@ from cola_jax import cli, rng, sampling
 from cola_jax.evaluation import trained
 from cola_jax.types import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run (--workdir of the training)")
+_LOAD = cli.checkpoint_flags()
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "a UTF-8 file with one prompt a line")
 _UNCONDITIONAL = flags.DEFINE_integer("unconditional", 0, "samples from nothing, besides the prompts")
 _JSON = flags.DEFINE_bool("json", False, "one JSON object a line instead of text")
@@ -54,7 +54,7 @@ def read_prompts(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     prompts = read_prompts(arguments)
-    model, params, tokenizer, config, _ = trained.load(_CHECKPOINT.value)
+    model, params, tokenizer, config, _ = _LOAD()
     settings = trained.settings(config, tokenizer)
     given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
     settings = dataclasses.replace(settings, **given)

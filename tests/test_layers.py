@@ -10,7 +10,7 @@ LEVELS = (
     ("types", "config", "rng"),
     ("nn", "flow", "data", "sharding"),
     ("models",),
-    ("objectives", "sampling", "likelihood"),
+    ("objectives", "sampling", "likelihood", "released"),
     ("train", "evaluation", "release"),
     ("launch", "cli"),
 )

@@ -1,4 +1,4 @@
-"""Text to token ids and back, without loss: bytes, or SentencePiece pieces with a fall-back to bytes.
+"""Text to token ids and back: bytes, SentencePiece pieces with a fall-back to bytes, or a Hugging Face tokenizer.json.
 
 Every tokenizer is a pure function of its `fingerprint`, which checkpoints store: ids mean nothing without it.
 """
@@ -32,7 +32,7 @@ class Tokenizer(typing.Protocol):
     """What the rest of the package knows of a tokenizer.
 
     Attributes:
-      name: "bytes" or "sentencepiece".
+      name: "bytes", "sentencepiece" or "huggingface".
       vocab_size: Ids run from 0 to ``vocab_size - 1``, special ones included.
       pad_id: Fills rows behind their text.
       eos_id: Ends a document; `encode` does not append it.
@@ -192,6 +192,86 @@ class SentencePieceTokenizer:
         os.replace(partial, path)
 
 
+# What the end of text and padding are called in tokenizer files, the most specific first.
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>", "[PAD]")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of Hugging Face ``tokenizers`` (extra [hf]).
+
+    It keeps its own normalisation; text that spells a special token is encoded as text.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, model: bytes, eos_id: int = -1, pad_id: int = -1):
+        """Args:
+          model: The content of the file.
+          eos_id: -1: the id of a special token with one of the usual names.
+          pad_id: -1: likewise; the end of text where there is none.
+
+        Raises:
+          ValueError: The content is no such tokenizer, or a special id is not known or not in the vocabulary.
+          UserError: The package ``tokenizers`` is missing.
+        """
+        try:
+            import tokenizers  # optional
+        except ImportError:
+            raise UserError(
+                "tokenizer.json: needs the package tokenizers, which is missing: pip install 'cola_jax[hf]'"
+            ) from None
+        self._arguments = (model, eos_id, pad_id)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        except Exception as error:  # the package raises plain Exception
+            raise ValueError(f"not a tokenizer.json ({' '.join(str(error).split())[:200]})") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        specials = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        # Ids may have gaps: the largest counts.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_id = self._special(eos_id, _EOS_NAMES, specials, None, "eos_id")
+        self.pad_id = self._special(pad_id, _PAD_NAMES, specials, self.eos_id, "pad_id")
+        self.special_ids = frozenset(specials.values()) | {self.eos_id, self.pad_id}
+        self.fingerprint = hashlib.sha256(model + f" eos={self.eos_id} pad={self.pad_id}".encode()).hexdigest()
+
+    def _special(self, given: int, names: tuple[str, ...], specials: dict[str, int], default, what: str) -> int:
+        found = given if given >= 0 else next((specials[name] for name in names if name in specials), default)
+        if found is None:
+            raise ValueError(f"has no special token of the names {', '.join(names)}; {what} must be given")
+        if found >= self.vocab_size:
+            raise ValueError(f"{what} = {found}: allowed is an id below {self.vocab_size}")
+        return found
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, self._arguments  # data workers get a copy
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without what the file's post-processor would add."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
+        """The text of ``ids``, without special tokens."""
+        return self._tokenizer.decode([i for i in map(int, ids) if i not in self.special_ids])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, eos_id: int = -1, pad_id: int = -1) -> "HuggingFaceTokenizer":
+        """Reads a tokenizer.json.
+
+        Raises:
+          UserError: The file cannot be read or is not a usable tokenizer, or the package is missing.
+        """
+        try:
+            with open(path, "rb") as file:
+                return cls(file.read(), eos_id, pad_id)
+        except OSError as error:
+            raise UserError(f"{os.fspath(path)}: {error.strerror}; allowed is a tokenizer.json") from error
+        except ValueError as error:
+            raise UserError(f"{os.fspath(path)}: {error}") from error
+
+
 def _rare(texts: list[str], keep: int) -> dict[int, str]:
     """A translation to line ends of all but the ``keep`` most frequent characters.
 
@@ -239,13 +319,16 @@ def create(config: DataConfig, path: str | os.PathLike) -> Tokenizer:
 
     Args:
       config: `tokenizer`, `tokenizer_path`, `vocab_size` and the corpus count.
-      path: Where a SentencePiece model that is trained here is kept: loaded if it exists, else written.
+      path: Where a SentencePiece model that is trained here is kept: loaded if it exists, else written; or the
+        tokenizer.json where the config names none.
 
     Raises:
       UserError: A model file is missing or broken, or the corpus cannot be read.
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
+    if config.tokenizer == "huggingface":
+        return HuggingFaceTokenizer.load(config.tokenizer_path or path, config.eos_id, config.pad_id)
     if config.tokenizer_path:
         return SentencePieceTokenizer.load(config.tokenizer_path)
     if not os.path.exists(path):

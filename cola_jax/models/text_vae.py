@@ -1,5 +1,6 @@
 """Text VAE: tokens to a diagonal Gaussian over latents, and latents to logits (SPEC 2, 9)."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,8 @@ from cola_jax.types import Posterior
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
 KV = tuple[Array, Array]
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
 class _Context(NamedTuple):
@@ -36,7 +39,7 @@ class Layer(nn.Module):
     def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: _Context):
         config = self.config
         norm_attention = LayerNorm(config.norm_eps, config.norm_affine, name="norm_attn")
-        norm_mlp = LayerNorm(config.norm_eps, config.norm_affine, name="norm_ffn")
+        norm_mlp = LayerNorm(config.norm_eps, name="norm_ffn")
         attended, kv = self._attention(x if config.post_norm else norm_attention(x), history, context)
         x = (norm_attention(x) if config.post_norm else x) + attended
         y = self._mlp(x if config.post_norm else norm_mlp(x))
@@ -53,8 +56,9 @@ class Layer(nn.Module):
         if config.qk_norm:
             q = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="q_norm")(q)
             k = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="k_norm")(k)
-        q = embeddings.apply_rope(q.reshape(shape), context.angles, interleaved=False)
-        k = embeddings.apply_rope(k.reshape(shape), context.angles, interleaved=False)
+        full = config.rope_full_precision
+        q = embeddings.apply_rope(q.reshape(shape), context.angles, interleaved=False, full_precision=full)
+        k = embeddings.apply_rope(k.reshape(shape), context.angles, interleaved=False, full_precision=full)
         v = v.reshape(shape)
         if history is None:
             y = attention.attend(q, k, v, context.mask)
@@ -64,9 +68,11 @@ class Layer(nn.Module):
         return out(y.reshape(x.shape)), (k, v)
 
     def _mlp(self, x):
-        config, half = self.config, self.config.ffn_dim // 2
-        h = Linear((2, half), ("embed", None, "mlp"), use_bias=config.bias, dtype=self.dtype, name="ffn_proj")(x)
-        h = h[:, :, 0] * nn.silu(h[:, :, 1])  # value, gate
+        config, gated = self.config, self.config.activation == "swiglu"
+        parts = 2 if gated else 1  # value, gate
+        features, names = (parts, config.ffn_dim // parts), ("embed", None, "mlp")
+        h = Linear(features, names, use_bias=config.bias, dtype=self.dtype, name="ffn_proj")(x)
+        h = h[:, :, 0] * nn.silu(h[:, :, 1]) if gated else _ACTIVATIONS[config.activation](h[:, :, 0])
         return Linear((config.dim,), ("mlp", "embed"), use_bias=config.bias, dtype=self.dtype, name="ffn_out")(h)
 
 
@@ -98,10 +104,11 @@ class Encoder(nn.Module):
         layers = scan_layers(Layer, config.encoder_layers)(config, self.dtype, name="layers")
         x, _ = layers(x, None, _context(config, length, segment_ids))
         outputs = 2 if config.variational and config.logsnr is None else 1
-        x = Linear((outputs, config.latent_dim), ("embed", None, "latent"), dtype=self.dtype, name="final_layer")(x)
-        x = x.astype(jnp.float32)
+        names = ("embed", None, "latent")
+        head = Linear((outputs, config.latent_dim), names, use_bias=config.bias, dtype=self.dtype, name="final_layer")
+        x = head(x).astype(jnp.float32)
         mean = x[:, :, 0]
-        if config.normalize_mean:
+        if config.normalize_mean or not config.variational:
             mean = LayerNorm(config.norm_eps, affine=False, name="last_norm")(mean)
         if outputs == 2:
             logvar = jnp.clip(x[:, :, 1], MIN_LOGVAR, MAX_LOGVAR)
@@ -120,14 +127,15 @@ class Decoder(nn.Module):
     def __call__(self, latents: Float[Array, "B N D"], context: _Context, cache: KV | None = None):
         config, patch = self.config, self.config.patch_size
         batch, length = latents.shape[:2]
-        x = Linear((config.dim,), ("latent", "embed"), dtype=self.dtype, name="in_layer")(latents)
+        bias = config.bias
+        x = Linear((config.dim,), ("latent", "embed"), use_bias=bias, dtype=self.dtype, name="in_layer")(latents)
         x, kv = scan_layers(Layer, config.decoder_layers)(config, self.dtype, name="layers")(x, cache, context)
         # Outputs are laid out channel-major: channel, then position in the patch (SPEC 9).
         x = Linear((config.dim, patch), ("embed", None, None), dtype=self.dtype, name="unpatch_layer")(x)
         x = x.transpose(0, 1, 3, 2).reshape(batch, length * patch, config.dim)
-        x = LayerNorm(config.norm_eps, config.norm_affine, name="final_norm")(x)
-        logits = Linear((config.vocab_size,), ("embed", "vocab"), dtype=self.dtype, name="final_layer")(x)
-        return logits.astype(jnp.float32), kv
+        x = LayerNorm(config.norm_eps, name="final_norm")(x)
+        head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=bias, dtype=self.dtype, name="final_layer")
+        return head(x).astype(jnp.float32), kv
 
 
 class TextVAE(nn.Module):

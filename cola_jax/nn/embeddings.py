@@ -13,18 +13,20 @@ def rope_angles(positions: Int[Array, "B N"], dim: int, theta: float) -> Float[A
 
 
 def apply_rope(
-    x: Float[Array, "B N H C"], angles: Float[Array, "#B N R"], interleaved: bool
+    x: Float[Array, "B N H C"], angles: Float[Array, "#B N R"], interleaved: bool, full_precision: bool = True
 ) -> Float[Array, "B N H C"]:
-    """Rotates the first ``2R`` channels of every head, in float32.
+    """Rotates the first ``2R`` channels of every head.
 
     Args:
       x: queries or keys.
       angles: from `rope_angles`, R pairs.
       interleaved: pairs are channels (2i, 2i + 1), as in the DiT; else (i, i + R), as in the VAE.
+      full_precision: rotate in float32; else sines, cosines and products have the type of ``x``.
     """
     dtype, pairs = x.dtype, angles.shape[-1]
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    rotated, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    compute = jnp.float32 if full_precision else dtype
+    cos, sin = (f(angles).astype(compute)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    rotated, rest = x[..., : 2 * pairs].astype(compute), x[..., 2 * pairs :]
     if interleaved:
         split = rotated.reshape(*x.shape[:-1], pairs, 2)
         first, second = split[..., 0], split[..., 1]

@@ -6,8 +6,11 @@ a temporary name and renames it, so a process killed at any time leaves the earl
 no checksums over arrays: one flipped bit would load silently. Hence the hashes.
 """
 
+import asyncio
+import functools
 import gc
 import json
+import math
 import sys
 import zlib
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from cola_jax import config as configs
 from cola_jax.train.state import TrainState
-from cola_jax.types import Params, PyTree, UserError
+from cola_jax.types import LazyArray, Params, PyTree, UserError
 
 _ARRAY_ITEMS = ("params", "ema", "training")
 
@@ -275,6 +278,74 @@ def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> Tra
     )
 
 
+class _LazyHandler(ocp.type_handlers.ArrayHandler):
+    """Writes `LazyArray`s one after another, so that memory holds one at a time."""
+
+    def __init__(self, note: Callable[[str, jax.Array], None]):
+        super().__init__(array_metadata_store=None, enable_write_sharding_file=False)
+        self._note = note
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            array = value.read()
+            self._note(info.name, array)
+            for written in await super().serialize([array], [info], [arg]):
+                await asyncio.to_thread(written.result)
+        return []
+
+
+def save_params(
+    directory: Path,
+    step: int,
+    params: Params,
+    config: configs.Config,
+    tokenizer: str,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes the variables of a model as one step that `load_params` reads; there is nothing to go on training from.
+
+    Args:
+      directory: of the stage; the caller sees to it that it gets its name when it is complete.
+      step: name of the step.
+      params: variables whose leaves are `LazyArray`s.
+      config: of the run that could have made them.
+      tokenizer: its name and fingerprint, or "" if it is not known.
+      progress: called with (bytes done, bytes in all) as each array begins to be written.
+
+    Raises:
+      UserError: they cannot be written (the disk is full, for example).
+    """
+    arrays, hashes, done = _flat(params["params"]), {}, 0
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+
+    def note(name: str, array: jax.Array) -> None:
+        nonlocal done
+        hashes[name] = _hashes({"params": {name: array}})["params"][name]
+        done += array.nbytes
+        progress(done, total)
+
+    place = Path(directory).absolute() / str(step)
+    types = [(LazyArray, _LazyHandler(note)), (jax.Array, ocp.type_handlers.ArrayHandler())]
+    registry = ocp.type_handlers.create_type_handler_registry(*types)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            checkpointer.save(place / "params", args=ocp.args.PyTreeSave(arrays))
+        body = {
+            "config": configs.to_dict(config),
+            "fingerprint": {"tokenizer": tokenizer},
+            "data": "",
+            "hashes": {"params": hashes},
+            "arrays": {"params": {name: [list(x.shape), x.dtype.name] for name, x in arrays.items()}},
+        }
+        body = json.loads(json.dumps(body))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(place / "meta", args=ocp.args.JsonSave({"body": body, "checksum": _checksum(body)}))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"checkpoint {place}: not saved: {_one_line(error)}") from error
+
+
 def load_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
     """The newest valid parameters of a run, on the first device.
 
@@ -285,11 +356,7 @@ def load_params(path: str | Path, report: Callable[[str], None] = print) -> Load
     Raises:
       UserError: there is no checkpoint, or none that passes verification.
     """
-    path = Path(path).absolute()
-    directory = path if step_directories(path) else path / "stage2"
-    steps = step_directories(directory)
-    if not steps:
-        raise UserError(f"{path}: no checkpoint here; allowed is the directory of a run with stage2/<step>")
+    directory, steps = _stage_directory(Path(path))
     home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(place: Path) -> tuple[dict, dict]:
@@ -304,6 +371,57 @@ def load_params(path: str | Path, report: Callable[[str], None] = print) -> Load
     if found is None:
         raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
     step, (body, params) = found
-    variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+    return _loaded(directory, step, body, params)
+
+
+def open_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
+    """`load_params`, with each array a `LazyArray` that is read and verified when it is asked for.
+
+    Raises:
+      UserError: there is no checkpoint, or none whose description can be read; later, a damaged array.
+    """
+    directory, steps = _stage_directory(Path(path))
+    home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found = _newest_valid(directory, _read_meta, report)
+    if found is None:
+        raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
+    step, body = found
+    place = directory / str(step)
+
+    def read(item: str, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        restore = ocp.args.PyTreeRestore(
+            item={name: target},
+            restore_args={name: ocp.ArrayRestoreArgs(sharding=home, dtype=target.dtype)},
+            partial_restore=True,
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                array = checkpointer.restore(place / item, args=restore)[name]
+            intact = _hashes({item: {name: array}})[item][name] == body["hashes"][item][name]
+        except Exception as error:  # a damaged file raises whatever its reader raises
+            raise UserError(f"checkpoint {place}: {item} {name} cannot be read: {_one_line(error)}") from None
+        if not intact:
+            raise UserError(f"checkpoint {place}: {item} {name} does not match its hash")
+        return array
+
+    arrays = {}
+    for item in ("params", "ema"):
+        for name, (shape, dtype) in body["arrays"].get(item, {}).items():
+            target = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=home)
+            arrays[name] = LazyArray(tuple(shape), target.dtype, functools.partial(read, item, name, target))
+    return _loaded(directory, step, body, arrays)
+
+
+def _stage_directory(path: Path) -> tuple[Path, list[int]]:
+    path = path.absolute()
+    directory = path if step_directories(path) else path / "stage2"
+    steps = step_directories(directory)
+    if not steps:
+        raise UserError(f"{path}: no checkpoint here; allowed is the directory of a run with stage2/<step>")
+    return directory, steps
+
+
+def _loaded(directory: Path, step: int, body: dict, arrays: dict) -> Loaded:
+    variables = {"params": traverse_util.unflatten_dict(arrays, sep="/")}
     config, tokenizer = configs.parse(body["config"]), body["fingerprint"].get("tokenizer", "")
     return Loaded(config, variables, directory.parent / "tokenizer.model", tokenizer, step)

@@ -1,0 +1,126 @@
+"""Released checkpoints to runs and back, with what each needs besides the parameters."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from cola_jax import config as configs
+from cola_jax import release
+from cola_jax.data import tokenizers
+from cola_jax.evaluation import trained
+from cola_jax.models import cola
+from cola_jax.released import files
+from cola_jax.train import checkpoint
+from cola_jax.types import UserError
+
+ORIGIN = "released.json"  # in a run's directory: what the files of the released checkpoint held besides parameters
+is_released = release.is_released
+
+
+class _Report:
+    """Progress and the time that is left, at most one line in five seconds."""
+
+    def __init__(self, what: str):
+        self._what, self._began, self._last = what, time.monotonic(), time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < 5 and done < total:
+            return
+        self._last = now
+        left = (now - self._began) * (total - done) / max(done, 1)
+        print(f"{self._what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, ETA {left:.0f} s", flush=True)
+
+
+def _has_tokenizer(path: Path, data: configs.DataConfig) -> str:
+    """Name and fingerprint of the tokenizer.json in a directory, "" if there is none or its package is missing."""
+    if not (path / release.TOKENIZER).exists():
+        return ""
+    found = tokenizers.create(data, path / release.TOKENIZER)
+    return f"{found.name} {found.fingerprint}"
+
+
+def to_run(
+    source: str, target: str, dtype: str = "float32", mesh: Mesh | None = None, eos_id: int = -1, pad_id: int = -1
+) -> None:
+    """Writes the directory of a run that holds a released model: all of it, or nothing under this name.
+
+    Args:
+      source: the released directory.
+      target: a directory that is new or empty.
+      dtype: of the parameters.
+      mesh: the devices to read onto; None: one.
+      eos_id, pad_id: of the tokenizer; -1: found in its file.
+
+    Raises:
+      UserError: see `release.load`; the target is not empty; the disk is full.
+    """
+    source, target = Path(source).absolute(), Path(target).absolute()
+    config = trained.released_config(release.read_model(source), eos_id, pad_id)
+    tokenizer = _has_tokenizer(source, config.data)
+    dtype = files.dtype_of(dtype, "--dtype").name
+    needed = files.total_bytes(release.specs(release.read_model(source), dtype).values())
+    release.prepare_target(target, needed, overwrite=False)
+    kept = release.origin(source)
+    _, params = release.open_lazily(source, param_dtype=dtype, mesh=mesh)
+    with release.new_directory(target) as temporary:
+        files.write_json(temporary / "config.json", configs.to_dict(config))
+        files.write_json(temporary / ORIGIN, kept)
+        if (source / release.TOKENIZER).exists():
+            shutil.copyfile(source / release.TOKENIZER, temporary / release.TOKENIZER)
+        checkpoint.save_params(temporary / "stage2", 0, params, config, tokenizer, _Report("converting"))
+    print(f"{target}: a run with the released model as step 0 of stage 2", flush=True)
+
+
+def _kept(run: Path) -> dict | None:
+    file = run / ORIGIN
+    if not file.exists():
+        return None
+    kept = files.read_json(file)
+    expected = {"config": dict, "dtypes": dict, "frequencies": dict}
+    for part in release.PARTS:
+        for name, kind in expected.items():
+            if not isinstance(kept.get(part), dict) or not isinstance(kept[part].get(name), kind):
+                raise UserError(f"{file}: {part} {name}: not what the conversion wrote; without the file ours is used")
+    return kept
+
+
+def to_released(
+    source: str, target: str, dtype: str | None = None, max_shard_size: int = 50 * 10**9, overwrite: bool = False
+) -> None:
+    """Writes the newest checkpoint of a run in the released layout: all of it, or nothing under this name.
+
+    Args:
+      source: the run's directory.
+      target: a directory that is new or empty, or a released one with ``overwrite``.
+      dtype: of the tensors; None: what they were where the run came from a released checkpoint, else float32.
+      max_shard_size, overwrite: see `release.save`.
+
+    Raises:
+      UserError: see `checkpoint.open_params` and `release.save`.
+    """
+    loaded = checkpoint.open_params(source)
+    run, data = loaded.tokenizer_path.parent, loaded.config.data
+    vae = loaded.config.vae
+    if not vae.vocab_size:
+        vae = cola.with_vocabulary(vae, tokenizers.create(data, loaded.tokenizer_path).vocab_size)
+    model = cola.create(vae, loaded.config.dit)
+    file = Path(data.tokenizer_path or run / release.TOKENIZER)
+    has_file = data.tokenizer == "huggingface" and os.path.exists(file)
+    release.save(
+        target,
+        model,
+        loaded.variables,
+        dtype=None if dtype is None else files.dtype_of(dtype, "--dtype").name,
+        kept=_kept(run),
+        tokenizer=file if has_file else None,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=_Report("converting"),
+    )
+    print(f"{target}: step {loaded.step} of {source} in the released layout", flush=True)
+    if not has_file:
+        print(f"without {release.TOKENIZER}: the run's tokenizer is {data.tokenizer}", flush=True)
