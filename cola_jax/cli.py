@@ -3,6 +3,7 @@
 Exit status: 0 done, 2 something the user can fix, 3 training diverged, 128 + signal if stopped by one.
 """
 
+import dataclasses
 import functools
 import logging as python_logging
 import os
@@ -15,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cola_jax import config as configs
+from cola_jax import sampling
 from cola_jax.evaluation import trained
 from cola_jax.train import loop
 from cola_jax.types import UserError
@@ -35,6 +37,47 @@ def checkpoint_flags() -> Callable[[], trained.Trained]:
     tokenizer = flags.DEFINE_string("tokenizer", None, "a tokenizer.json; default: the one in a released directory")
     ids = [flags.DEFINE_integer(name, -1, "special id; default: from the file", -1) for name in ("eos_id", "pad_id")]
     return lambda: trained.load(path.value, tokenizer=tokenizer.value, eos_id=ids[0].value, pad_id=ids[1].value)
+
+
+# Flag of a binary for each field of `sampling.Settings` that a user may choose, with its help.
+_SAMPLING = {
+    "steps": (flags.DEFINE_integer, "steps of the solver in each block"),
+    "solver": (
+        flags.DEFINE_string,
+        "euler, heun, or one of diffrax's: midpoint, ralston, bosh3, tsit5, dopri5, dopri8",
+    ),
+    "time_shift": (flags.DEFINE_float, "above 1: more steps near the noise; below: near the data"),
+    "guidance_scale": (flags.DEFINE_float, "1: no guidance"),
+    "guidance_interval": (flags.DEFINE_list, "times between which guidance acts, as 0.2,1"),
+    "conditioning": (flags.DEFINE_string, "of the first block: clean, repaint, left_pad, right_pad"),
+    "repaint_cycles": (flags.DEFINE_integer, "r of repaint"),
+    "repaint_fraction": (flags.DEFINE_float, "m of repaint"),
+    "max_new_tokens": (flags.DEFINE_integer, "new tokens; default: the run's config, or what fits"),
+    "temperature": (flags.DEFINE_float, "0: the most likely token"),
+    "top_k": (flags.DEFINE_integer, "draw among so many most likely tokens; 0: all"),
+    "top_p": (flags.DEFINE_float, "draw among the most likely tokens of so much probability; 1: all"),
+    "repetition_penalty": (flags.DEFINE_float, "1: none"),
+}
+
+
+def sampling_flags() -> Callable[[sampling.Settings], sampling.Settings]:
+    """Defines a flag for each setting of generation; returns a function that applies those that were given."""
+    defined = {name: define(name, None, text) for name, (define, text) in _SAMPLING.items()}
+
+    def apply(settings: sampling.Settings) -> sampling.Settings:
+        given = {name: flag.value for name, flag in defined.items() if flag.value is not None}
+        if "guidance_interval" in given:
+            try:
+                low, high = map(float, given["guidance_interval"])
+            except ValueError:
+                shown = ",".join(given["guidance_interval"])
+                raise UserError(f"--guidance_interval = {shown}: allowed are two numbers from 0 to 1") from None
+            given["guidance_interval"] = (low, high)
+        settings = dataclasses.replace(settings, **given)
+        settings.validate()
+        return settings
+
+    return apply
 
 
 def read_config(flag) -> configs.Config:

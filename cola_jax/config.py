@@ -69,6 +69,7 @@ class DataConfig:
     vocab_size: int = 1024  # at most, for a tokenizer trained here
     sequence_length: int = 64  # T
     packing: str = "concat"  # concat (rows full, documents cut at their ends) | pad (one document a row)
+    random_offset: int = 0  # packing "pad": up to so many tokens of padding before a document; P - 1 shows all parities
     align: int = 1  # each document is filled up with end-of-text to a multiple of this many tokens
     holdout: float = 0.02  # share of the documents that is never trained on
     num_stories: int = 200_000  # corpus "stories": training documents (an epoch)
@@ -84,7 +85,13 @@ class DataConfig:
             self.corpus != "text" or bool(self.files), "data.files", self.files, "a file or a glob (corpus = 'text')"
         )
         _require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
-        _require_at_least(0, "data", self, "num_workers")
+        _require_at_least(0, "data", self, "num_workers", "random_offset")
+        _require(
+            not self.random_offset or self.packing == "pad",
+            "data.random_offset",
+            self.random_offset,
+            "0 unless packed by 'pad'",
+        )
         _require_at_least(-1, "data", self, "eos_id", "pad_id")
         _require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
         _require(0 < self.holdout < 1, "data.holdout", self.holdout, "a number between 0 and 1")

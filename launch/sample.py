@@ -1,16 +1,22 @@
-"""Continues prompts with a trained model.
+"""Continues prompts with a trained model, fills gaps in them, or rewrites parts of them.
 
     python launch/sample.py --checkpoint=runs/quickstart "Mia was a girl from the village."
     python launch/sample.py --checkpoint=runs/quickstart --prompts_file=prompts.txt --json
-    echo "Tom was a boy from the library." | python launch/sample.py --checkpoint=runs/quickstart -
-    python launch/sample.py --checkpoint=runs/quickstart --unconditional=4
+    echo "Tom was a boy from the library." | python launch/sample.py --checkpoint=runs/quickstart - --stream
+    python launch/sample.py --checkpoint=runs/quickstart --unconditional=4 --steps=8 --guidance_scale=3
+    python launch/sample.py --checkpoint=runs/quickstart --mode=infill "Mia was a[[4]] village."
+    python launch/sample.py --checkpoint=runs/quickstart --mode=edit --strength=0.6 "Mia was[[ a girl]] here."
 
-Prints a continuation for each prompt, in order; with --json one object a line: prompt, text, tokens.
+Prints a text for each prompt, in order (a continuation, or the whole text with what is new in it); with --json one
+object a line: prompt, text (what is new), tokens. Double brackets mark the gap by its length in tokens, or the words
+to be rewritten.
 """
 
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -19,19 +25,15 @@ from cola_jax import cli, rng, sampling
 from cola_jax.evaluation import trained
 from cola_jax.types import UserError
 
-_LOAD = cli.checkpoint_flags()
+_LOAD, _SETTINGS = cli.checkpoint_flags(), cli.sampling_flags()
+_MODE = flags.DEFINE_enum("mode", "continue", ["continue", "infill", "edit"], "what to do with a prompt")
+_STRENGTH = flags.DEFINE_float("strength", 0.5, "mode edit: the time to which words are noised, up to 1")
+_STREAM = flags.DEFINE_bool("stream", False, "mode continue: print each block as it comes, one prompt after another")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "a UTF-8 file with one prompt a line")
 _UNCONDITIONAL = flags.DEFINE_integer("unconditional", 0, "samples from nothing, besides the prompts")
 _JSON = flags.DEFINE_bool("json", False, "one JSON object a line instead of text")
 _SEED = flags.DEFINE_integer("seed", 0, "of the noise; sample i depends on (seed, i) alone")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "prompts generated at a time")
-_SETTINGS = {
-    "steps": flags.DEFINE_integer("steps", None, "Euler steps a block; default: the run's config"),
-    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "1: no guidance; default: the run's config"),
-    "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "default: the run's config, or what fits"),
-    "temperature": flags.DEFINE_float("temperature", None, "0: the most likely token; default: the run's config"),
-    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "1: none; default: the run's config"),
-}
 
 
 def read_prompts(arguments: list[str]) -> list[str]:
@@ -52,22 +54,71 @@ def read_prompts(arguments: list[str]) -> list[str]:
     return prompts + [""] * _UNCONDITIONAL.value
 
 
+def marked(index: int, prompt: str) -> tuple[str, str, str]:
+    """The text before, in, and after the double brackets of a prompt."""
+    found = re.fullmatch(r"(.*?)\[\[(.+?)\]\](.*)", prompt, re.DOTALL)
+    if not found or (_MODE.value == "infill" and not found[2].isdecimal()):
+        inside = "[[N]], N tokens" if _MODE.value == "infill" else "[[words]]"
+        raise UserError(f"prompt {index} = {prompt!r}: allowed with --mode={_MODE.value} is text with one {inside}")
+    return found.groups()
+
+
+def continuations(run: trained.Trained, prompts, settings, key) -> Iterator[list[int]]:
+    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
+    if flags.FLAGS.max_new_tokens is None:  # the budget shrinks to the context; a prompt that fills it is refused
+        room = run.config.data.sequence_length - max(map(len, ids))
+        settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
+    if not _STREAM.value:
+        batches = sampling.generate_batches(run.model, run.params, ids, settings, key, batch_size=_BATCH_SIZE.value)
+        yield from (tokens for _, tokens in batches)
+        return
+    for index, prompt in enumerate(ids):
+        tokens = []
+        for piece in sampling.stream(run.model, run.params, [prompt], settings, key, sample_ids=[index]):
+            shown, tokens = len(run.tokenizer.decode(tokens)), tokens + piece.tokens[0]
+            print(run.tokenizer.decode(tokens)[shown:], end="", flush=True)
+        yield tokens
+
+
+def changes(run: trained.Trained, prompts, settings, key) -> Iterator[tuple[list[int], str]]:
+    """For each prompt, its new tokens and the whole text."""
+    parts = [marked(index, prompt) for index, prompt in enumerate(prompts)]
+    sides = [(run.tokenizer.encode(before), run.tokenizer.encode(after)) for before, _, after in parts]
+    if _MODE.value == "infill":
+        texts = [(b, int(part[1]), a) for (b, a), part in zip(sides, parts, strict=True)]
+        function, options = sampling.infill, {}
+    else:
+        inside = [run.tokenizer.encode(part[1]) for part in parts]
+        texts = [(b + i + a, len(b), len(b) + len(i)) for (b, a), i in zip(sides, inside, strict=True)]
+        function, options = sampling.edit, {"strength": _STRENGTH.value}
+    for start in range(0, len(texts), _BATCH_SIZE.value):
+        chunk = slice(start, start + _BATCH_SIZE.value)
+        ids = range(len(texts))[chunk]
+        out = function(run.model, run.params, texts[chunk], settings, key=key, sample_ids=ids, **options)
+        for (before, after), tokens, length in zip(sides[chunk], out.tokens.tolist(), out.lengths, strict=True):
+            yield tokens[: int(length)], run.tokenizer.decode([*before, *tokens[: int(length)], *after])
+
+
 def main(arguments: list[str]) -> None:
     prompts = read_prompts(arguments)
-    model, params, tokenizer, config, _ = _LOAD()
-    settings = trained.settings(config, tokenizer)
-    given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
-    settings = dataclasses.replace(settings, **given)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    if "max_new_tokens" not in given:  # the budget shrinks to the context; a prompt that fills it is refused
-        room = config.data.sequence_length - max(map(len, ids))
-        settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
-    batches = sampling.generate_batches(
-        model, params, ids, settings, rng.key(_SEED.value, "sample"), batch_size=_BATCH_SIZE.value
-    )
-    for prompt, (_, tokens) in zip(prompts, batches, strict=True):
-        text = tokenizer.decode(tokens)
-        print(json.dumps({"prompt": prompt, "text": text, "tokens": tokens}) if _JSON.value else text, flush=True)
+    _SETTINGS(sampling.Settings())  # before anything is loaded
+    if _MODE.value != "continue":
+        for index, prompt in enumerate(prompts):
+            marked(index, prompt)
+    if _BATCH_SIZE.value < 1:
+        raise UserError(f"--batch_size = {_BATCH_SIZE.value}: allowed is at least 1")
+    run = _LOAD()
+    settings, key = _SETTINGS(trained.settings(run.config, run.tokenizer)), rng.key(_SEED.value, "sample")
+    if _MODE.value == "continue":
+        found = ((tokens, None) for tokens in continuations(run, prompts, settings, key))
+    else:
+        found = changes(run, prompts, settings, key)
+    for prompt, (tokens, whole) in zip(prompts, found, strict=True):
+        text = run.tokenizer.decode(tokens)
+        if _JSON.value:
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": tokens}), flush=True)
+        else:
+            print("" if _STREAM.value and whole is None else whole or text, flush=True)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,15 @@ def empty_row(length: int, pad_id: int) -> Row:
     }
 
 
-def pad_row(document: np.ndarray, length: int, pad_id: int) -> Row:
-    """One document as one row: the head of a longer one, a shorter one padded."""
-    return _row([document[:length]], length, pad_id)
+def pad_row(document: np.ndarray, length: int, pad_id: int, offset: int = 0) -> Row:
+    """One document as one row: the head of a longer one, a shorter one padded; ``offset`` tokens of padding before."""
+    row = _row([document[: length - offset]], length, pad_id)  # its last tokens are padding that rolls to the front
+    return {name: np.roll(values, offset) for name, values in row.items()}
+
+
+def pad_row_anywhere(document: np.ndarray, generator: np.random.Generator, length: int, pad_id: int, most: int) -> Row:
+    """As `pad_row`, with an offset drawn uniformly from 0 to ``most``."""
+    return pad_row(document, length, pad_id, int(generator.integers(most + 1)))
 
 
 class _ConcatIterator(grain.DatasetIterator):

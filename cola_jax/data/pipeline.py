@@ -29,13 +29,21 @@ def _batch(rows: Sequence[packing.Row], filler: packing.Row, batch_size: int, ke
     return {name: np.stack([row[name] for row in rows]) for name in filler}
 
 
-def _rows(config: DataConfig, tokenizer: Tokenizer, documents: grain.MapDataset) -> grain.IterDataset:
+def _small(seed: int) -> int:
+    """A seed of 32 bits, as Grain wants it; hashed, because Grain adds the epoch to it."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _rows(config: DataConfig, tokenizer: Tokenizer, documents: grain.MapDataset, seed: int) -> grain.IterDataset:
     """Rows of T tokens (see `packing`) from a dataset of texts."""
     length, pad_id = config.sequence_length, tokenizer.pad_id
     tokens = documents.map(functools.partial(packing.document_tokens, tokenizer=tokenizer, align=config.align))
     # Whole batches are made ahead; a thread pool for single documents would cost more than it hides.
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if config.packing == "pad":
+        if config.random_offset:
+            pad = functools.partial(packing.pad_row_anywhere, length=length, pad_id=pad_id, most=config.random_offset)
+            return tokens.random_map(pad, seed=_small(seed)).to_iter_dataset(inline)
         pad = functools.partial(packing.pad_row, length=length, pad_id=pad_id)
         return tokens.map(pad).to_iter_dataset(inline)
     return packing.ConcatIterDataset(tokens.to_iter_dataset(inline), length, pad_id)
@@ -113,9 +121,8 @@ def create(
         )
     documents = grain.MapDataset.source(corpora.documents(config, split, seed))
     if split == "train":
-        # Grain adds the epoch to the seed: hashed seeds keep one run's second epoch from being another's first.
-        order = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        documents = documents.shuffle(seed=order).repeat()
+        # A hashed seed keeps one run's second epoch from being another's first.
+        documents = documents.shuffle(seed=_small(seed)).repeat()
     share = batch_size // process_count
     make_batch = functools.partial(
         _batch,
@@ -123,7 +130,7 @@ def create(
         batch_size=batch_size,
         kept=slice(process_index * share, (process_index + 1) * share),
     )
-    batches = _rows(config, tokenizer, documents).batch(batch_size, batch_fn=make_batch)
+    batches = _rows(config, tokenizer, documents, seed).batch(batch_size, batch_fn=make_batch)
     if split == "train" and config.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its flags here, and binaries without absl never parse them
             flags.FLAGS.mark_as_parsed()
@@ -140,6 +147,8 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:
     with the fingerprint of the run that saved the state (`difference`) before restoring.
     """
     fields = ("corpus", "packing", "align", "sequence_length", "batch_size", "num_workers")
+    if config.random_offset:  # not a part of the fingerprints of runs that knew no such field
+        fields += ("random_offset",)
     return {
         "seed": seed,
         **{name: getattr(config, name) for name in fields},

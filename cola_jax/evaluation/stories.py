@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from cola_jax import rng, sampling
-from cola_jax.config import DataConfig
 from cola_jax.data import corpora, pipeline
 from cola_jax.data.stories import Stories
 from cola_jax.data.tokenizers import Tokenizer
@@ -46,10 +45,19 @@ class Proportion(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One way to generate stories: from nothing, or after the first sentences of held-out stories."""
+    """One way to generate stories: from nothing, or to complete held-out ones.
+
+    Attributes:
+      settings: of the generation.
+      prompted: after the first sentence of a held-out story, or after its first ``prompt_tokens`` tokens.
+      prompt_tokens: 0: the first sentence.
+      gap: tokens that are missing somewhere in a held-out story, in place of a prompt; 0: none.
+    """
 
     settings: sampling.Settings
     prompted: bool = False
+    prompt_tokens: int = 0
+    gap: int = 0
 
     def as_dict(self) -> dict:
         """JSON-able."""
@@ -57,14 +65,26 @@ class Variant(NamedTuple):
             "prior": self.settings.prior,
             "guidance_scale": self.settings.guidance_scale,
             "steps": self.settings.steps,
+            "conditioning": self.settings.conditioning,
+            "repaint_cycles": self.settings.repaint_cycles,
+            "repaint_fraction": self.settings.repaint_fraction,
             "prompted": self.prompted,
+            "prompt_tokens": self.prompt_tokens,
+            "gap": self.gap,
         }
 
     def __str__(self) -> str:
         if self.settings.prior == "normal":
             return "latents from N(0, I)"
         what = "after a first sentence" if self.prompted else "from nothing"
-        return f"{what}, guidance {self.settings.guidance_scale:g}, {self.settings.steps} steps"
+        if self.prompted and self.prompt_tokens:
+            what = f"after {self.prompt_tokens} tokens"
+        what = f"in gaps of {self.gap} tokens" if self.gap else what
+        how = self.settings.conditioning
+        if how == "repaint":
+            how += f" r = {self.settings.repaint_cycles}, m = {self.settings.repaint_fraction:g}"
+        how = "" if how == "clean" else f", {how}"
+        return f"{what}{how}, guidance {self.settings.guidance_scale:g}, {self.settings.steps} steps"
 
 
 class Scores(NamedTuple):
@@ -104,7 +124,8 @@ def reconstruction(model: ColaDLM, params: Params, batches: Iterable[dict], seed
     @jax.jit
     def count(params, batch, keys):
         segments = common.latent_segments(batch, model.vae_config.patch_size)
-        posterior = model.apply(params, batch["tokens"], segments, method="encode")
+        inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+        posterior = model.apply(params, inputs, segments, method="encode")
         z = model.normalize(common.draw(posterior, keys))
         right = common.accuracy(model.apply(params, z, segments, method="decode"), batch["tokens"])
         real = batch["segment_ids"] > 0
@@ -148,10 +169,49 @@ def score(stories: Stories, texts: Sequence[str]) -> Scores:
     return Scores(Proportion(sum(sentences), len(sentences)), Proportion(len(coherent), len(parses)), len(factors))
 
 
-def held_out_prompts(config: DataConfig, seed: int, count: int) -> list[str]:
-    """First sentences of held-out stories."""
-    stories, texts = Stories(config.stories), corpora.documents(config, "holdout", seed)
-    return [stories.first_sentence(texts[index % len(texts)]) for index in range(count)]
+def held_out_prompts(trained, seed: int, count: int, tokens: int = 0) -> list[str]:
+    """First sentences of held-out stories, or so many of their first tokens."""
+    data = trained.config.data
+    stories, texts = Stories(data.stories), corpora.documents(data, "holdout", seed)
+    chosen = [texts[index % len(texts)] for index in range(count)]
+    if not tokens:
+        return [stories.first_sentence(text) for text in chosen]
+    return [trained.tokenizer.decode(trained.tokenizer.encode(text)[:tokens]) for text in chosen]
+
+
+def fill_gaps(trained, length: int, settings: sampling.Settings, seed: int, count: int, batch_size: int = 128):
+    """Held-out stories, and the same with a gap of ``length`` tokens filled: (originals, filled).
+
+    The gap is anywhere but at the very beginning; its place depends on (seed, story) alone.
+    """
+    texts = corpora.documents(trained.config.data, "holdout", seed)
+    originals = [texts[index % len(texts)] for index in range(count)]
+    draw, gaps, filled = np.random.default_rng(seed), [], []
+    for text in originals:
+        ids = trained.tokenizer.encode(text)
+        start = int(draw.integers(1, len(ids) - length + 1))
+        gaps.append((ids[:start], length, ids[start + length :]))
+    key = rng.key(seed, "sample")
+    for start in range(0, count, batch_size):
+        chunk = gaps[start : start + batch_size]
+        ids = range(start, start + len(chunk))
+        out = sampling.infill(trained.model, trained.params, chunk, settings, key, sample_ids=ids)
+        for (before, _, after), new in zip(chunk, out.tokens.tolist(), strict=True):
+            filled.append(trained.tokenizer.decode([*before, *new, *after]))
+    return originals, filled
+
+
+def excess_log_prob(stories: Stories, originals: Sequence[str], filled: Sequence[str]) -> tuple[float, float]:
+    """Mean of ``log p*(filled) - log p*(original)`` over coherent fills, and its standard error, in nats.
+
+    The original is a draw from the corpus's exact distribution of the gap given the rest: draws from that
+    distribution have a mean of 0, fills that are too likely a positive one.
+    """
+    values = np.array([stories.log_prob(b) - stories.log_prob(a) for a, b in zip(originals, filled, strict=True)])
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def table(trained, count: int, seed: int, variants: Sequence[Variant], say: Callable[[str], None]) -> list[dict]:
@@ -166,14 +226,22 @@ def table(trained, count: int, seed: int, variants: Sequence[Variant], say: Call
     """
     stories, rows = Stories(trained.config.data.stories), []
     for index, variant in enumerate(variants):
-        prompts = held_out_prompts(trained.config.data, seed, count) if variant.prompted else [""] * count
-        start = time.monotonic()
-        texts = write(trained.model, trained.params, trained.tokenizer, prompts, variant.settings, seed)
+        start, more, added = time.monotonic(), "", {}
+        if variant.gap:
+            originals, texts = fill_gaps(trained, variant.gap, variant.settings, seed, count)
+            mean, error = excess_log_prob(stories, originals, texts)
+            more = f", log p* over that of the originals {mean:.2f} +- {error:.2f}"
+            added = {"excess_log_prob": mean, "excess_log_prob_error": error}
+        else:
+            prompts = [""] * count
+            if variant.prompted:
+                prompts = held_out_prompts(trained, seed, count, variant.prompt_tokens)
+            texts = write(trained.model, trained.params, trained.tokenizer, prompts, variant.settings, seed)
         scores, seconds = score(stories, texts), time.monotonic() - start
-        rows.append({**variant.as_dict(), **scores.as_dict(), "seed": seed, "examples": texts[:4]})
+        rows.append({**variant.as_dict(), **scores.as_dict(), **added, "seed": seed, "examples": texts[:4]})
         say(
             f"[{index + 1}/{len(variants)}] {variant}: valid sentences {scores.valid}, coherent stories "
-            f"{scores.coherent}, distinct factors {scores.factors} ({count} stories, {seconds:.0f} s)"
+            f"{scores.coherent}, distinct factors {scores.factors}{more} ({count} stories, {seconds:.0f} s)"
         )
     return rows
 
@@ -193,9 +261,9 @@ def report(trained, settings: sampling.Settings, count: int, seed: int, say: Cal
     return {"reconstruction": accuracy.mean, "reconstruction_interval": accuracy.interval, "generation": rows}
 
 
-def fitted(settings: sampling.Settings, trained, seed: int, count: int) -> sampling.Settings:
+def fitted(settings: sampling.Settings, trained, seed: int, count: int, tokens: int = 0) -> sampling.Settings:
     """``settings`` with the budget that the longest prompt leaves of the context."""
-    prompts = held_out_prompts(trained.config.data, seed, count)
+    prompts = held_out_prompts(trained, seed, count, tokens)
     longest = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts)
     room = trained.config.data.sequence_length - longest
     return dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))

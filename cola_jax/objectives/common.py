@@ -9,8 +9,14 @@ from cola_jax.types import Key, Posterior, Term
 
 
 def latent_segments(batch: dict, patch_size: int) -> Int[Array, "B N"]:
-    """The document of each latent (0: padding). Documents begin on multiples of the patch size."""
-    return batch["segment_ids"][:, ::patch_size]
+    """The document of each latent (0: nothing but padding). A patch holds tokens of one document, and padding."""
+    segments = batch["segment_ids"]
+    return jnp.max(segments.reshape(segments.shape[0], -1, patch_size), axis=-1)
+
+
+def encoder_tokens(batch: dict, mask_token: int) -> Int[Array, "B T"]:
+    """What the encoder reads: padding is the mask token, as in generation."""
+    return jnp.where(batch["segment_ids"] > 0, batch["tokens"], mask_token)
 
 
 def per_example(values: Float[Array, "B N"], mask: Float[Array, "B N"], coefficient: float = 1.0) -> Term:
@@ -60,7 +66,7 @@ def masked_token_term(model, params, batch: dict, keys: Key, mask_ratio: float, 
     tokens, real = batch["tokens"], batch["segment_ids"] > 0
     segments = latent_segments(batch, model.vae_config.patch_size)
     chosen = (rng.uniform(choose_keys, tokens.shape[1:]) < mask_ratio) & real
-    masked = jnp.where(chosen, model.vae_config.vocab_size, tokens)
+    masked = jnp.where(chosen | ~real, model.vae_config.vocab_size, tokens)
     z = draw(model.apply(params, masked, segments, method="encode"), draw_keys)
     logits = model.apply(params, model.normalize(z), segments, method="decode")
     return per_example(cross_entropy(logits, tokens), chosen.astype(jnp.float32), coefficient)

@@ -27,7 +27,8 @@ def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict
     segments = common.latent_segments(batch, model.vae_config.patch_size)
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
     latents = (segments > 0).astype(jnp.float32)
-    posterior = model.apply(params, tokens, segments, method="encode")
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    posterior = model.apply(params, inputs, segments, method="encode")
     z = model.normalize(common.draw(posterior, draw_keys))
     logits = model.apply(params, _some_noisy(z, stage, noise_keys), segments, method="decode")
     out = {

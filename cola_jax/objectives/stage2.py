@@ -32,7 +32,8 @@ def terms(
     draw_keys, flow_keys, mask_keys = rng.split(keys, 3)
     segments = common.latent_segments(batch, model.vae_config.patch_size)
     latents = (segments > 0).astype(jnp.float32)
-    posterior = model.apply(params, batch["tokens"], segments, method="encode")
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    posterior = model.apply(params, inputs, segments, method="encode")
     z = model.normalize(common.draw(posterior, draw_keys))
     frozen = stage.strategy == "fix_vae"
     out = {
@@ -59,7 +60,8 @@ def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, r
         weight = stage.vae_weight * stage.mask_weight
         out["mask"] = common.masked_token_term(model, params, batch, mask_keys, stage.mask_ratio, weight)
     if reference is not None:
-        anchor = jax.lax.stop_gradient(model.apply(reference, tokens, segments, method="encode"))
+        inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+        anchor = jax.lax.stop_gradient(model.apply(reference, inputs, segments, method="encode"))
         out["reference_kl"] = common.per_example(common.kl(posterior, anchor), latents, stage.reference_weight)
     return out
 

@@ -109,3 +109,19 @@ def test_documents_end_with_ends_of_text_up_to_the_alignment(align, text, ends):
     tokens = packing.document_tokens(text, tokenizer, align)
     assert tokens.dtype == np.int32
     assert tokens.tolist() == [*text.encode(), *[tokenizer.eos_id] * ends]
+
+
+def test_padding_before_a_document():
+    """The document moves by the offset; what does not fit any more is cut."""
+    row = packing.pad_row(np.arange(5, 10, dtype=np.int32), 8, 99, offset=2)
+    np.testing.assert_array_equal(row["tokens"], [99, 99, 5, 6, 7, 8, 9, 99])
+    np.testing.assert_array_equal(row["segment_ids"], [0, 0, 1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(row["positions"], [0, 0, 0, 1, 2, 3, 4, 0])
+    full = packing.pad_row(np.arange(5, 15, dtype=np.int32), 8, 99, offset=1)
+    np.testing.assert_array_equal(full["tokens"], [99, *range(5, 12)])
+
+
+def test_offsets_are_drawn_up_to_the_most():
+    draw = np.random.default_rng(0)
+    rows = [packing.pad_row_anywhere(np.full(3, 7, np.int32), draw, 6, 99, most=2) for _ in range(60)]
+    assert {int(np.argmax(row["tokens"] == 7)) for row in rows} == {0, 1, 2}

@@ -1,15 +1,18 @@
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from cola_jax import sampling
-from cola_jax.config import DataConfig, DiTConfig, StoriesConfig, VAEConfig
+from cola_jax.config import Config, DataConfig, DiTConfig, StoriesConfig, VAEConfig
+from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
 from cola_jax.data.tokenizers import ByteTokenizer
 from cola_jax.evaluation import stories as evaluation
 from cola_jax.models import cola
+from cola_jax.sampling import Settings
 
 
 def test_wilson_interval():
@@ -62,11 +65,63 @@ def test_reconstruction_counts_real_tokens_only(small):
     assert accuracy.total == 12 and 0 <= accuracy.successes <= 12
 
 
+class _Words:
+    """A word a token."""
+
+    def encode(self, text):
+        return [WORDS.setdefault(word, len(WORDS)) for word in text.split(" ")]
+
+    def decode(self, ids):
+        names = list(WORDS)
+        return " ".join(names[int(i)] for i in ids)
+
+
+WORDS = {}
+DATA = DataConfig(stories=StoriesConfig(values=4, aligned=True), num_stories=1000)
+STORIES = Stories(DATA.stories)
+
+
+def run_of(model=None, params=None):
+    """As `trained.Trained`, where only some of it is needed."""
+    return SimpleNamespace(config=Config(data=DATA), tokenizer=_Words(), model=model, params=params)
+
+
 def test_held_out_prompts_are_first_sentences():
-    config = DataConfig(stories=StoriesConfig(values=4, aligned=True), num_stories=100)
-    prompts = evaluation.held_out_prompts(config, 0, 5)
-    stories = Stories(config.stories)
+    prompts = evaluation.held_out_prompts(run_of(), 0, 5)
     assert len(prompts) == 5
     for prompt in prompts:
-        (sentence,) = stories.parse(prompt).sentences
+        (sentence,) = STORIES.parse(prompt).sentences
         assert sentence.valid and sentence.type == "introduction"
+
+
+def test_prompts_of_so_many_tokens():
+    texts = corpora.documents(DATA, "holdout", 0)
+    prompts = evaluation.held_out_prompts(run_of(), 0, 3, tokens=4)
+    assert prompts == [" ".join(text.split(" ")[:4]) for text in (texts[0], texts[1], texts[2])]
+
+
+def test_filled_gaps_keep_what_surrounds_them(monkeypatch):
+    """With the words themselves as fills, the stories come back."""
+
+    def infill(model, params, texts, settings, key, sample_ids):
+        assert list(sample_ids) == list(range(3))
+        whole = [words.encode(text) for text in originals]
+        new = [ids[len(b) : len(b) + n] for ids, (b, n, _) in zip(whole, texts, strict=True)]
+        assert all(ids[: len(b)] == b and ids[len(b) + n :] == a for ids, (b, n, a) in zip(whole, texts, strict=True))
+        return SimpleNamespace(tokens=np.array(new))
+
+    words = _Words()
+    texts = corpora.documents(DATA, "holdout", 0)
+    originals = [texts[i] for i in range(3)]
+    monkeypatch.setattr(evaluation.sampling, "infill", infill)
+    assert evaluation.fill_gaps(run_of(), 4, Settings(), 0, 3) == (originals, originals)
+    assert evaluation.excess_log_prob(STORIES, originals, originals) == (0.0, 0.0)
+
+
+def test_excess_leaves_out_what_is_not_coherent():
+    texts = [corpora.documents(DATA, "holdout", 0)[i] for i in range(4)]
+    values = [STORIES.log_prob(text) for text in texts]
+    mean, error = evaluation.excess_log_prob(STORIES, texts[:3], [texts[1], "No story.", texts[3]])
+    expected = np.array([values[1] - values[0], values[3] - values[2]])
+    assert mean == pytest.approx(expected.mean())
+    assert error == pytest.approx(expected.std(ddof=1) / np.sqrt(2))

@@ -52,3 +52,33 @@ def test_a_draw_depends_on_its_own_key_alone():
     same_logits = choose.choose(jnp.tile(logits[:1], (2, 1, 1)), KEYS, 1.0)
     assert np.any(same_logits[0] != same_logits[1])
     assert not np.array_equal(jax.random.key_data(KEYS[0]), jax.random.key_data(KEYS[1]))
+
+
+LOGITS = jnp.log(jnp.array([[[0.4, 0.05, 0.3, 0.25]]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (0, 1.0, [0, 1, 2, 3]),
+        (1, 1.0, [0]),
+        (3, 1.0, [0, 2, 3]),
+        (9, 1.0, [0, 1, 2, 3]),
+        (0, 0.3, [0]),
+        (0, 0.41, [0, 2]),
+        (0, 0.94, [0, 2, 3]),
+        (2, 0.6, [0, 2]),  # of the two that are left, the first has 0.57
+        (2, 0.5, [0]),
+    ],
+)
+def test_truncation_keeps_the_most_likely(top_k, top_p, kept):
+    left = np.flatnonzero(np.isfinite(choose.truncate(LOGITS, top_k, top_p)[0, 0]))
+    np.testing.assert_array_equal(left, kept)
+
+
+def test_draws_follow_what_is_left():
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = choose.choose(jnp.tile(LOGITS, (400, 1, 1)), keys, 1.0, top_k=2)
+    counts = np.bincount(np.asarray(drawn)[:, 0], minlength=4)
+    assert counts[1] == counts[3] == 0
+    assert abs(counts[0] / 400 - 0.4 / 0.7) < 0.1
