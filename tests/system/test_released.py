@@ -46,6 +46,7 @@ def test_convert(released, cache, tmp_path):  # noqa: F811
     assert "run: not empty" in call(cache, "convert.py", f"--from={released}", f"--to={run}", status=2)
     assert "--to is missing" in call(cache, "convert.py", f"--from={released}", status=2)
     assert "no checkpoint here" in call(cache, "convert.py", "--from=none", f"--to={tmp_path}/x", status=2)
-    assert "--dtype = 'int8'" in call(cache, "convert.py", f"--from={run}", f"--to={tmp_path}/x", "--dtype=int8", status=2)
-    assert "mesh" in call(cache, "convert.py", f"--from={released}", f"--to={tmp_path}/x", "--mesh_fsdp=64", status=2)
+    target = f"--to={tmp_path}/x"
+    assert "--dtype = 'int8'" in call(cache, "convert.py", f"--from={run}", target, "--dtype=int8", status=2)
+    assert "mesh" in call(cache, "convert.py", f"--from={released}", target, "--mesh_fsdp=64", status=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "run"]
