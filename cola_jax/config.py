@@ -283,6 +283,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 3
     compute_dtype: str = "float32"  # float32 | bfloat16
+    init_from: str = ""  # a run's directory or a released checkpoint whose parameters the first stage begins from
     mesh_data: int = 0  # devices along each mesh axis; 0 (one axis at most): all that are left
     mesh_fsdp: int = 1
     mesh_tensor: int = 1
@@ -372,11 +373,13 @@ class Config:
         self._validate_strategy()
 
     def _validate_strategy(self) -> None:
-        strategy, pretrained = self.stage2.strategy, self.stage1.steps > 0
+        strategy, pretrained = self.stage2.strategy, self.stage1.steps > 0 or bool(self.train.init_from)
         if self.stage2.steps and strategy in ("joint", "fix_vae"):
             _require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
         if strategy == "scratch":
-            _require(not pretrained, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
+            _require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
+            allowed = "'' (stage2.strategy = 'scratch')"
+            _require(not self.train.init_from, "train.init_from", self.train.init_from, allowed)
         if not pretrained and strategy in ("scratch", "interval"):
             weight = self.stage2.reference_weight
             _require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")

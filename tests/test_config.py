@@ -122,6 +122,7 @@ INVALID = [
     ("optimizer2.accumulation", 0, "at least 1", {}),
     ("train.log_every", 0, "at least 1", {}),
     ("train.keep_checkpoints", 0, "at least 1", {}),
+    ("train.init_from", "x", "''", {"stage1": {"steps": 0}, "stage2": {"strategy": "scratch", "reference_weight": 0}}),
     ("train.compute_dtype", "float16", "'float32', 'bfloat16'", {}),
     ("sample.steps", 0, "at least 1", {}),
     ("sample.guidance_scale", -1.0, "at least 0", {}),

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cola_jax import config as configs
-from cola_jax import rng, sharding
+from cola_jax import release, rng, sharding
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.data import pipeline, tokenizers
 from cola_jax.models import cola
@@ -209,9 +209,23 @@ class _Stage:
         self._position, self._saved = body["data"], self.step
         return True
 
-    def begin(self, vae: PyTree | None) -> None:
-        """Starts the stage afresh, from the VAE parameters of the stage before if there are any."""
-        self.state = states.create(self._make, self._mesh, rng.key(self._config.seed, "init"), vae)
+    def begin(self, vae: PyTree | None, dit: PyTree | None = None) -> None:
+        """Starts the stage afresh, from the parameters of the stage before or of another model if there are any."""
+        self.state = states.create(self._make, self._mesh, rng.key(self._config.seed, "init"), vae, dit)
+
+    def initial(self) -> dict[str, PyTree]:
+        """What `config.train.init_from` holds of the stage's groups; raises UserError unless the shapes are its."""
+        path = self._config.train.init_from
+        if not path:
+            return {}
+        loaded = release.load(path)[1] if release.is_released(path) else checkpoints.load_params(path).variables
+        groups = {name: loaded["params"].get(name, {}) for name in self._target.params["params"]}
+        needed, given = _flat(self._target.params["params"]), _flat(groups)
+        for name in sorted(set(needed) | set(given)):
+            shapes = [list(tree[name].shape) if name in tree else None for tree in (given, needed)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f"config.train.init_from = {path}: {name} is {shapes[0]}, this run needs {shapes[1]}")
+        return groups
 
     def __enter__(self) -> "_Stage":
         return self
@@ -394,16 +408,17 @@ def train(
 
         last = open_stage(2 if config.stage2.steps else 1)
         if not last.restore():
-            vae = None
+            initial = last.initial()
+            vae, dit = initial.get("vae"), initial.get("dit")
             if last.number == 2 and config.stage1.steps:
                 first = open_stage(1)
                 if not first.restore():
-                    first.begin(None)
+                    first.begin(vae)
                 first.run()
                 vae = states.evaluation_params(first.state)["params"]["vae"]
                 first.state = None  # stage 2 needs the memory
-            last.begin(vae)
-            del vae
+            last.begin(vae, dit)
+            del initial, vae, dit
         last.run()
         return last.state
 

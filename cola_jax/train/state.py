@@ -45,7 +45,7 @@ def make_init(
     ema: bool = False,
     reference: bool = False,
 ) -> Callable[[Key, PyTree | None], TrainState]:
-    """A pure function ``(key, vae) -> TrainState`` to be traced, with the parameters' boxes still on.
+    """A pure function ``(key, vae, dit) -> TrainState`` to be traced, with the parameters' boxes still on.
 
     Args:
       init: variables of the whole model from a key, boxed with their logical axes.
@@ -56,14 +56,16 @@ def make_init(
       reference: keep a copy of the encoder.
 
     Returns:
-      The function; ``vae`` replaces the fresh VAE parameters (stage 2 starts from stage 1's), None keeps them.
+      The function; ``vae`` replaces the fresh VAE parameters (stage 2 starts from stage 1's), ``dit`` those of the
+      prior; None keeps them.
     """
 
-    def make(key: Key, vae: PyTree | None = None) -> TrainState:
+    def make(key: Key, vae: PyTree | None = None, dit: PyTree | None = None) -> TrainState:
         fresh = init(key)["params"]
         params = {"params": {name: fresh[name] for name in groups}}
-        if vae is not None:
-            params["params"]["vae"] = _rebox(fresh["vae"], vae)
+        for name, values in (("vae", vae), ("dit", dit)):
+            if values is not None:
+                params["params"][name] = _rebox(fresh[name], values)
         active, _ = optimizers.split_groups(params, trained)
         # Copies, because donation wants every leaf of the state in a buffer of its own.
         encoder = jax.tree.map(jnp.copy, params["params"]["vae"]["encoder"]) if reference else None
@@ -98,14 +100,16 @@ def abstract(make: Callable[..., TrainState], mesh: Mesh) -> TrainState:
     )
 
 
-def create(make: Callable[..., TrainState], mesh: Mesh, key: Key, vae: PyTree | None = None) -> TrainState:
+def create(
+    make: Callable[..., TrainState], mesh: Mesh, key: Key, vae: PyTree | None = None, dit: PyTree | None = None
+) -> TrainState:
     """A fresh state, each shard of it computed where it lives.
 
     Args:
       make: from `make_init`.
       mesh: the devices.
       key: from `rng.key(seed, "init")`.
-      vae: the VAE parameters to start from, or None.
+      vae, dit: the parameters to start from, or None.
     """
     target = jax.tree.map(lambda x: x.sharding, abstract(make, mesh))
-    return jax.jit(lambda k, v: nn.meta.unbox(make(k, v)), out_shardings=target)(key, vae)
+    return jax.jit(lambda k, v, d: nn.meta.unbox(make(k, v, d)), out_shardings=target)(key, vae, dit)

@@ -227,3 +227,23 @@ def test_sigkill_at_any_moment(tmp_path):
     for stage in kills:
         found = [checkpoints._read_meta(run / stage / "120") for run in (workdir, tmp_path / "whole")]
         assert found[0] == found[1]  # hashes of every array, position in the data
+
+
+def test_a_run_begins_from_another_model(whole, tmp_path):
+    """From its moving average, and a step of almost no length later it still is that model."""
+    settings = toy_run.settings()
+    config = dataclasses.replace(
+        settings,
+        stage1=dataclasses.replace(settings.stage1, steps=0),
+        stage2=dataclasses.replace(settings.stage2, steps=1, strategy="joint"),
+        optimizer2=dataclasses.replace(settings.optimizer2, learning_rate=1e-12, warmup_steps=0),
+        train=dataclasses.replace(settings.train, init_from=str(whole[0])),
+    )
+    config.validate()
+    state = train(tmp_path / "run", config=config)
+    loaded = checkpoints.load_params(whole[0]).variables
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), dict(state.params), loaded)
+    golden = Path(__file__).parent.parent / "golden" / "tiny"
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(golden)))
+    with pytest.raises(UserError, match=r"train.init_from = .*tiny: dit.in_layer.bias is \[48\], this run needs None"):
+        train(tmp_path / "other", config=other)
