@@ -45,7 +45,9 @@ def test_order_of_convergence(solver):
     with jax.enable_x64(True):  # where high orders can be seen
         coarse, fine = error(few), error(2 * few)
     assert fine < 0.01
-    assert np.log2(coarse / fine) == pytest.approx(ORDERS[solver], abs=0.6)
+    # This field is linear, for which the highest orders do better than they promise.
+    order = np.log2(coarse / fine)
+    assert order > ORDERS[solver] - 0.6 and (order < ORDERS[solver] + 0.6 or ORDERS[solver] > 3)
 
 
 def test_euler_is_exact_on_straight_paths():
