@@ -69,9 +69,13 @@ class ColaDLM(nn.Module):
         """See `TextVAE.decode_next`."""
         return self.vae.decode_next(latents, cache, cache_mask, positions)
 
-    def extend(self, latents, times, positions, cache, cache_mask, pinned=None, drop_history=None):
+    def history(self, latents, segment_ids):
+        """The prior's cache of clean latents; see `BlockCausalDiT.prefill`."""
+        return self.dit.prefill(latents, segment_ids)
+
+    def extend(self, latents, times, positions, cache, cache_mask, pinned=None, drop_history=None, visible=None):
         """See `BlockCausalDiT.extend`."""
-        return self.dit.extend(latents, times, positions, cache, cache_mask, pinned, drop_history)
+        return self.dit.extend(latents, times, positions, cache, cache_mask, pinned, drop_history, visible)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
         """Touches every parameter; for initialisation."""

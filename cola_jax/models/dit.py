@@ -144,7 +144,8 @@ class BlockCausalDiT(nn.Module):
 
     def _output(self, x, stream: _Stream, time_zero):
         shift, scale = self.out_modulation(stream, time_zero, x.shape[1])
-        return self.out_layer(self.out_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+        velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
+        return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
 
     def _angles(self, positions):
         return embeddings.rope_angles(positions, self.config.rope_dim, self.config.rope_theta)
@@ -242,6 +243,7 @@ class BlockCausalDiT(nn.Module):
         cache_mask: Bool[Array, "B S"],
         pinned: Bool[Array, "B N"] | None = None,
         drop_history: Bool[Array, " B"] | None = None,
+        visible: Bool[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], KV]:
         """Velocity of one block per sequence against cached clean blocks, and the block's keys and values.
 
@@ -252,10 +254,13 @@ class BlockCausalDiT(nn.Module):
           cache_mask: True where the cache holds a latent that the block may see.
           drop_history: sequences whose block carries the no-history vector, where the model has one
             (``cache_mask`` hides the history).
+          visible: latents of the block that are not padding, in a text that ends inside it; None: all.
         """
         batch, length = latents.shape[:2]
         history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, length, cache_mask.shape[1]))
         block_mask = jnp.ones((1, 1, length, length), bool)
+        if visible is not None:
+            block_mask = jnp.broadcast_to(visible[:, None, None, :], (batch, 1, length, length))
         stream = _Stream(self._time(times), pinned, self._angles(positions), block_mask, history_mask)
         context = _Context(stream, None, self._zero())
         dropped = None

@@ -15,7 +15,7 @@ def rope_angles(positions: Int[Array, "B N"], dim: int, theta: float) -> Float[A
 def apply_rope(
     x: Float[Array, "B N H C"], angles: Float[Array, "#B N R"], interleaved: bool
 ) -> Float[Array, "B N H C"]:
-    """Rotates the first ``2R`` channels of every head, in float32.
+    """Rotates the first ``2R`` channels of every head, in float32 (or wider).
 
     Args:
       x: queries or keys.
@@ -24,7 +24,7 @@ def apply_rope(
     """
     dtype, pairs = x.dtype, angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    rotated, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    rotated, rest = x[..., : 2 * pairs].astype(jnp.promote_types(dtype, jnp.float32)), x[..., 2 * pairs :]
     if interleaved:
         split = rotated.reshape(*x.shape[:-1], pairs, 2)
         first, second = split[..., 0], split[..., 1]
@@ -35,8 +35,9 @@ def apply_rope(
 
 
 def time_features(times: Float[Array, "B M"], num_features: int = 256) -> Float[Array, "B M F"]:
-    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32."""
+    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32 (or wider)."""
     half = num_features // 2
-    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 1000.0 * times.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    dtype = jnp.promote_types(times.dtype, jnp.float32)
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=dtype) / half)
+    angles = 1000.0 * times.astype(dtype)[..., None] * frequencies[None, None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
