@@ -1,4 +1,4 @@
-"""log p(x) from importance weights: ELBO, IWAE, scores of responses, and what they say per token (3.8-3.14, 10.7-10.22)."""
+"""log p(x) from importance weights: ELBO, IWAE, scores of responses, rates per token (3.8-3.14, 10.7-10.22)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -143,14 +143,15 @@ def log_likelihood(
     for samples in sample_chunks(settings, count):
         terms = jax.device_get(weights.terms(model, params, rows, settings, posterior, key, jnp.asarray(samples)))
         new = samples < settings.samples
-        parts.append([x[:, new] for x in (terms.log_weights().sum(-1), terms.ok, terms.steps)])
-        sums = [x[:, new].sum(axis=1, dtype=np.float64) for x in terms[:3]]
+        blocks = Blocks(*[x[:, new].astype(np.float64) for x in terms[:3]])
+        parts.append([blocks.elbo.sum(axis=-1), terms.ok[:, new], terms.steps[:, new]])
+        sums = [x.sum(axis=1) for x in blocks]
         means = sums if means is None else [a + b for a, b in zip(means, sums, strict=True)]
         if report is not None:
             report(min(int(samples[-1]) + 1, settings.samples), settings.samples)
     log_w, ok, steps = (np.concatenate(part, axis=1)[:count] for part in zip(*parts, strict=True))
     blocks = Blocks(*[m[:count] / settings.samples for m in means])
-    return _likelihood(log_w.astype(np.float64), ok, steps, blocks, scored)
+    return _likelihood(log_w, ok, steps, blocks, scored)
 
 
 def _share_out(rows: Rows, mesh) -> Rows:
@@ -202,6 +203,16 @@ def take(likelihood: Likelihood, index: Sequence[int]) -> Likelihood:
     return jax.tree.map(lambda x: x[np.asarray(index, int)], likelihood)
 
 
+def join(parts: Sequence[Likelihood]) -> Likelihood:
+    """The rows of several `Likelihood`s of the same settings."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def nothing_like(likelihood: Likelihood) -> Likelihood:
+    """The likelihood of empty texts: log p = 0 without error, in the shapes of another one."""
+    return jax.tree.map(np.zeros_like, likelihood)
+
+
 def plug_in(joint: Likelihood, prefix: Likelihood) -> Conditional:
     """Differences of the estimates of whole texts and of their prefixes (3.14)."""
     return Conditional(
@@ -251,8 +262,9 @@ def conditional(
     scores = log_likelihood(model, params, tokens, settings, key, segments, None, rows, **options)
     places = [count + unique.index(name) if name[1] else 0 for name in names]
     nothing = np.array([not name[1] for name in names])
+    prefix = take(scores, places)
     prefix = jax.tree.map(
-        lambda x: np.where(nothing.reshape(-1, *(1,) * (x.ndim - 1)), np.zeros_like(x), x), take(scores, places)
+        lambda x, zero: np.where(nothing.reshape(-1, *(1,) * (x.ndim - 1)), zero, x), prefix, nothing_like(prefix)
     )
     return plug_in(take(scores, range(count)), prefix)
 

@@ -28,10 +28,6 @@ class Terms(NamedTuple):
     ok: Bool[Array, "B S"]
     steps: Int[Array, "B S"]  # of the slowest block's solver
 
-    def log_weights(self) -> Float[Array, "B S G"]:
-        """Each block's share of log w."""
-        return self.reconstruction + self.prior - self.posterior
-
 
 def _fold(keys: Key, count: int) -> Key:
     """Keys [..., count] from keys [...]."""
