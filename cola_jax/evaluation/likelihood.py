@@ -1,5 +1,6 @@
 """What the likelihood of a model of `stories` says: its gap to the corpus's entropy, ranking, cost of the solvers."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -143,7 +144,7 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
 
 
 class Setting(NamedTuple):
-    """One row of `sweep`: errors in nats per token against the reference, and the cost.
+    """One row of `sweep` and `probes`: errors in nats per token against the reference, and the cost.
 
     Attributes:
       bias: mean error over sequences.
@@ -160,52 +161,94 @@ class Setting(NamedTuple):
     steps: float
     failed: int
 
+    def __str__(self) -> str:
+        return (
+            f"{describe(self.settings)}: bias {self.bias:+.4f}, rms {self.rms:.4f} nats/token, "
+            f"{self.seconds:.3f} s/sequence, {self.steps:.1f} steps, {self.failed} failed"
+        )
 
-def sweep(
-    trained, variants: Sequence[Settings], reference: Settings, count: int, seed: int, say: Callable[[str], None]
-) -> list[Setting]:
-    """Error of log p(z) and seconds for each way to solve the ODE, on one posterior sample of held-out stories.
 
-    With Hutchinson's estimator all ways have the same probes, so that the error is the solver's alone; an exact
-    reference and ``reference.divergence = "exact"`` show the estimator's.
+class _Draw(NamedTuple):
+    """One posterior sample of held-out stories, and the keys of its probes."""
 
-    Args:
-      trained: a `trained.Trained`.
-      variants: what to try.
-      reference: the settings that are taken for the truth.
-      count: sequences.
-      seed: of posterior samples and probes.
-      say: prints a line.
-    """
-    texts = held_out(trained, count, trained.config.seed)
-    model, params = trained.model, trained.params
+    z: jax.Array
+    probes: jax.Array
+    segments: jax.Array
+    tokens: np.ndarray
+
+
+def _draw(trained, count: int, seed: int) -> _Draw:
+    texts, model = held_out(trained, count, trained.config.seed), trained.model
     made = rows.make_rows(model, *likelihood.stack(texts.ids))
-    posterior = weights.encode(model, params, made)
+    posterior = weights.encode(model, trained.params, made)
     segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
     draw, probe = (rng.key(seed, "likelihood", step, np.arange(count)) for step in range(2))
     z = model.normalize(posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(draw, posterior.mean.shape[1:]))
     probes = jnp.stack(rng.split(probe, z.shape[1] // model.dit_config.block_size), axis=1)
+    return _Draw(z, probes, segments, texts.tokens)
 
-    def run(settings):
-        keys = None if settings.divergence == "exact" else probes
-        return jax.block_until_ready(density.log_prob(model, params, z, settings, keys, segments))
 
-    truth = np.asarray(run(reference).log_prob, np.float64).sum(axis=1)
+def _solve(trained, draw: _Draw, settings: Settings) -> density.Density:
+    keys = None if settings.divergence == "exact" else draw.probes
+    found = density.log_prob(trained.model, trained.params, draw.z, settings, keys, draw.segments)
+    return jax.block_until_ready(found)
+
+
+def _compare(trained, draw: _Draw, settings: Settings, truth: np.ndarray) -> Setting:
+    _solve(trained, draw, settings)  # compiles
+    start = time.perf_counter()
+    result = _solve(trained, draw, settings)
+    seconds = (time.perf_counter() - start) / len(truth)
+    ok = np.asarray(result.ok).all(axis=1)
+    error = ((np.asarray(result.log_prob, np.float64).sum(axis=1) - truth) / draw.tokens)[ok]
+    real = np.asarray(draw.segments)[:, :: trained.model.dit_config.block_size] > 0
+    steps = float(np.asarray(result.steps)[real].mean())
+    rms = float(np.sqrt(np.mean(np.square(error))))
+    return Setting(settings, float(error.mean()), rms, seconds, steps, int((~ok).sum()))
+
+
+VARIANTS = (
+    *({"solver": "euler", "steps": n} for n in (16, 64, 256)),
+    *({"solver": "heun", "steps": n} for n in (8, 16, 32, 64)),
+    *({"solver": "dopri5", "steps": n} for n in (4, 8, 16)),
+    *({"solver": name, "rtol": r, "atol": r} for name in ("dopri5", "tsit5") for r in (1e-1, 1e-2, 1e-3, 1e-4)),
+)
+
+
+def sweep(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+    """Error of log p(z) and seconds of solvers, steps and tolerances, on one posterior sample of held-out stories.
+
+    The truth is dopri5 at tolerances of 1e-5. All have the same probes of Hutchinson's estimator, so that the error
+    is the solver's alone; `probes` has the estimator's.
+
+    Args:
+      trained: a `trained.Trained`.
+      base: what `VARIANTS` leave open.
+      count: sequences.
+      seed: of posterior samples and probes.
+      say: prints a line.
+    """
+    draw = _draw(trained, count, seed)
+    reference = dataclasses.replace(base, solver="dopri5", steps=0, rtol=1e-5, atol=1e-5, max_steps=4000)
+    truth = np.asarray(_solve(trained, draw, reference).log_prob, np.float64).sum(axis=1)
     found = []
-    for settings in variants:
-        run(settings)
-        start = time.perf_counter()
-        result = run(settings)
-        seconds = (time.perf_counter() - start) / count
-        ok = np.asarray(result.ok).all(axis=1)
-        error = ((np.asarray(result.log_prob, np.float64).sum(axis=1) - truth) / texts.tokens)[ok]
-        steps = float(np.asarray(result.steps)[np.asarray(segments)[:, :: model.dit_config.block_size] > 0].mean())
-        rms = float(np.sqrt(np.mean(np.square(error))))
-        found.append(Setting(settings, float(error.mean()), rms, seconds, steps, int((~ok).sum())))
-        say(
-            f"{describe(settings)}: bias {found[-1].bias:+.4f}, rms {rms:.4f} nats/token, {seconds:.3f} s/sequence, "
-            f"{steps:.1f} steps, {found[-1].failed} failed"
-        )
+    for variant in VARIANTS:
+        found.append(_compare(trained, draw, dataclasses.replace(base, **({"steps": 0} | variant)), truth))
+        say(str(found[-1]))
+    return found
+
+
+def probes(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+    """As `sweep`, for the divergence: the truth is the exact one, the solver is that of ``base``."""
+    draw = _draw(trained, count, seed)
+    exact = dataclasses.replace(base, divergence="exact")
+    truth = np.asarray(_solve(trained, draw, exact).log_prob, np.float64).sum(axis=1)
+    found = []
+    for probe, number in (("rademacher", 1), ("gaussian", 1), ("rademacher", 8), ("rademacher", 64)):
+        found.append(_compare(trained, draw, dataclasses.replace(base, probe=probe, probes=number), truth))
+        say(str(found[-1]))
+    found.append(_compare(trained, draw, exact, truth))
+    say(str(found[-1]))
     return found
 
 

@@ -81,12 +81,9 @@ class Conditional(NamedTuple):
 
 def log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``log mean exp`` over the last axis, and its standard error by the delta method (nan for one sample)."""
-    count = log_weights.shape[-1]
-    value = np.logaddexp.reduce(log_weights, axis=-1) - math.log(count)
-    if count == 1:
-        return value, np.full(value.shape, math.nan)
-    ratio = np.exp(log_weights - value[..., None])  # mean 1
-    return value, np.std(ratio, axis=-1, ddof=1) / math.sqrt(count)
+    peak = log_weights.max(axis=-1, keepdims=True)
+    value = peak[..., 0] + np.log(np.mean(np.exp(log_weights - peak), axis=-1))
+    return value, mean_error(np.exp(log_weights - value[..., None]))  # of weights with mean 1
 
 
 def mean_error(values: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def test_terms_add_up_and_stay_apart(enumerated):
 
 def test_response_score_is_the_conditional_of_the_model():
     """Given token and latent of the first block, the second is a one-dimensional model of its own (10.21-10.22)."""
-    model, settings = toy.create(), dataclasses.replace(COARSE, samples=4000)
+    model, settings = toy.create(), dataclasses.replace(COARSE, samples=2000)
     text = toy.texts()
     found = likelihood.log_likelihood(model, toy.PARAMS, text, settings, KEY, prefix=np.ones(9, int))
     first = (np.array([0.9, -0.9, 0.1])[text[:, 0]]) / 2  # the posterior mean, normalised
@@ -90,14 +90,16 @@ def test_response_score_is_the_conditional_of_the_model():
 
 
 def test_plug_in_is_the_difference_of_two_estimates():
-    model, settings = toy.create(), dataclasses.replace(COARSE, samples=3000)
+    model, settings = toy.create(), dataclasses.replace(COARSE, samples=2000)
     text = toy.texts()
     found = likelihood.conditional(model, toy.PARAMS, text[:, :1].tolist(), text[:, 1:].tolist(), settings, KEY)
     exact = toy.log_prob().reshape(3, 3)
     expected = (exact - np.logaddexp.reduce(exact, axis=1, keepdims=True)).reshape(-1)
     assert np.all(np.abs(found.iwae - expected) < 4 * found.iwae_error + 1e-3)
-    # Draws of the prefix are shared, so that its noise cancels.
-    assert np.all(found.elbo_error < np.hypot(found.joint.elbo_error, found.prefix.elbo_error))
+    # Draws of the prefix are shared, so that its noise cancels from the difference.
+    for name in ("prior", "posterior", "reconstruction"):
+        joint, prefix = (getattr(part.blocks, name)[:, 0] for part in (found.joint, found.prefix))
+        np.testing.assert_allclose(joint, prefix, rtol=1e-5)
 
 
 def test_an_empty_prefix_has_probability_one():
