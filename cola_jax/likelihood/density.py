@@ -13,6 +13,7 @@ from typing import NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.likelihood.settings import SOLVERS, Settings
@@ -76,6 +77,14 @@ def divergence(push: Callable[[Array], Array], probes: Float[Array, "M K D"] | N
     return jnp.sum(jax.lax.map(entry, jnp.arange(size), batch_size=min(size, _TANGENTS)))
 
 
+def time_grid(settings: Settings, start: float, stop: float) -> Float[np.ndarray, " T"]:
+    """Ends of the fixed steps, ``steps + 1`` times; finer near t = 0 for a power above 1."""
+    ends = np.asarray([start, stop]) ** (1 / settings.power)
+    grid = np.linspace(*ends, settings.steps + 1) ** settings.power
+    grid[[0, -1]] = start, stop
+    return grid
+
+
 def transport(
     velocity: Velocity,
     z: Float[Array, "K D"],
@@ -104,15 +113,15 @@ def transport(
         return value, divergence(push, probes, z.shape, z.dtype)
 
     if settings.steps:
-        controller, first = diffrax.ConstantStepSize(), (stop - start) / settings.steps
+        controller = diffrax.StepTo(time_grid(settings, start, stop).astype(z.dtype))
     else:
-        controller, first = diffrax.PIDController(rtol=settings.rtol, atol=settings.atol), None
+        controller = diffrax.PIDController(rtol=settings.rtol, atol=settings.atol)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         SOLVERS[settings.solver](),
         t0=jnp.asarray(start, z.dtype),
         t1=jnp.asarray(stop, z.dtype),
-        dt0=None if first is None else jnp.asarray(first, z.dtype),
+        dt0=None,
         y0=(z, jnp.zeros((), z.dtype)),
         stepsize_controller=controller,
         adjoint=diffrax.ForwardMode(),  # nothing is differentiated through the solve

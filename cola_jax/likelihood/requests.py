@@ -95,8 +95,9 @@ def _parse(raw: str, where: str) -> dict:
     names = set(line) - {"id"} if isinstance(line, dict) else set()
     if names not in ({"text"}, {"prefix", "response"}, {"prefix", "candidates"}):
         raise UserError(f"{where}: fields {sorted(names)}; allowed is {FORMS}")
-    texts = [line[name] for name in names - {"candidates"}] + line.get("candidates", [])
-    if not all(isinstance(text, str) for text in texts) or not isinstance(line.get("candidates", []), list):
+    candidates = line.get("candidates", [])
+    texts = [line[name] for name in names - {"candidates"}]
+    if not isinstance(candidates, list) or not all(isinstance(text, str) for text in [*texts, *candidates]):
         raise UserError(f"{where}: a value is not text; allowed is {FORMS}")
     if "candidates" in line and not line["candidates"]:
         raise UserError(f"{where}: candidates = []; allowed is at least one")

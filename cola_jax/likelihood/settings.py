@@ -27,6 +27,8 @@ class Settings:
       samples: K, posterior samples an example.
       solver: one of `SOLVERS`.
       steps: fixed steps from data to noise; 0: step sizes follow the tolerances, for each block of each sample.
+      power: the fixed steps end at ``(i / steps) ** power``: above 1, they are finer near the data, where the flow of
+        a trained model changes fastest.
       rtol, atol: tolerances of the adaptive steps, on latents and log-density (nats) together.
       max_steps: adaptive steps, rejected ones included, after which a solve has failed.
       divergence: "hutchinson" (3.11; unbiased, noisy), or "exact" (the trace of each block's K D x K D Jacobian).
@@ -42,6 +44,7 @@ class Settings:
     samples: int = 1
     solver: str = "dopri5"
     steps: int = 0
+    power: float = 1.0
     rtol: float = 1e-3
     atol: float = 1e-3
     max_steps: int = 1000
@@ -59,6 +62,7 @@ class Settings:
             "samples": (self.samples >= 1, "at least 1"),
             "solver": (self.solver in SOLVERS, "one of " + ", ".join(SOLVERS)),
             "steps": (self.steps >= 0 and not (adaptive and self.solver == "euler"), "at least 1, or 0 (not euler)"),
+            "power": (self.power > 0, "a positive number"),
             "rtol": (self.rtol > 0, "a positive number"),
             "atol": (self.atol > 0, "a positive number"),
             "max_steps": (self.max_steps >= max(self.steps, 1), "at least 1 and at least steps"),

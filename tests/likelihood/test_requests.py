@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from cola_jax import likelihood
@@ -44,39 +45,44 @@ def results(tiny):
     return score(tiny, parse(LINES))
 
 
-def test_every_line_has_its_result(tiny, results):
+@pytest.fixture(scope="module")
+def direct(tiny):
+    """The text of line 0, text and prefix of line 1, second candidate of line 2: as wide as a batch of these."""
+    rows = [[*b"abcd", *[256] * 4], [*b"abcde", *[256] * 3], [*b"ab"], [*b"abczz", *[256] * 3]]
+    tokens, segments = likelihood.stack(rows)
+    return tiny_models.quickly(
+        likelihood.log_likelihood, *tiny, tokens, SETTINGS, KEY, segments, np.zeros(4, int), [0, 1, 1, 2]
+    )
+
+
+def test_every_line_has_its_result(results, direct):
     assert [r["index"] for r in results] == [0, 1, 2, 3, 4] and results[0]["id"] == "x"
     assert results[0]["tokens"] == 5  # four bytes and one end of text
-    text = likelihood.stack([[*b"abcd", *[256] * 4]])
-    direct = tiny_models.quickly(likelihood.log_likelihood, *tiny, text[0], SETTINGS, KEY, segment_ids=text[1], ids=[0])
-    for name in ("elbo", "iwae", "prior", "posterior", "reconstruction"):
+    for name in ("elbo", "elbo_error", "iwae", "iwae_error", "prior", "posterior", "reconstruction"):
         assert results[0][name] == pytest.approx(float(getattr(direct, name)[0]), rel=1e-4)
     assert results[0]["elbo_perplexity"] == pytest.approx(float(likelihood.perplexity(direct.elbo[0], 5)), rel=1e-3)
     bits = float(likelihood.bits_per_byte(direct.elbo[0], 4))
     assert results[0]["elbo_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
 
-def test_responses_and_candidates(tiny, results):
-    prefixes, responses = [[*b"ab"], [*b"abc"], [*b"abc"]], [[*b"cde"], [*b"d"], [*b"zz"]]
-    responses = [r + [256] * (4 - (len(p) + len(r)) % 4) for p, r in zip(prefixes, responses, strict=True)]
-    found = tiny_models.quickly(likelihood.conditional, *tiny, prefixes, responses, SETTINGS, KEY, ids=[1, 2, 2])
-    scores = [results[1]["plug_in_score"], *(s["plug_in"] for s in results[2]["scores"])]
-    for one, elbo, iwae in zip(scores, found.elbo, found.iwae, strict=True):
-        assert one["elbo"] == pytest.approx(float(elbo), abs=1e-3) and one["iwae"] == pytest.approx(
-            float(iwae), abs=1e-3
-        )
-    best = [one["iwae"] for one in scores[1:]]
-    assert results[2]["best"]["plug_in"] == best.index(max(best))
-    local = [s["response"]["iwae"] for s in results[2]["scores"]]
-    assert results[2]["best"]["response"] == local.index(max(local))
+def test_responses_and_candidates(results, direct):
+    for name in ("elbo", "iwae"):
+        value = getattr(direct, name)
+        assert results[1]["plug_in_score"][name] == pytest.approx(float(value[1] - value[2]), abs=1e-3)
+        assert results[2]["scores"][1]["joint"][name] == pytest.approx(float(value[3]), rel=1e-4)
+    for kind in ("plug_in", "response"):
+        values = [one[kind]["iwae"] for one in results[2]["scores"]]
+        assert results[2]["best"][kind] == values.index(max(values))
+    # A response has its own terms only: fewer than the whole text's.
+    assert results[1]["response_score"]["posterior"] != pytest.approx(results[1]["joint_score"]["posterior"])
     # Nothing given: the response is a text.
     assert (
         results[3]["plug_in_score"]["elbo"] == results[3]["response_score"]["elbo"] == results[3]["joint_score"]["elbo"]
     )
 
 
-def test_batches_and_where_a_run_starts_change_nothing(tiny, results):
-    again = score(tiny, parse(LINES)[2:], batch_size=3)
+def test_where_a_run_starts_changes_nothing(tiny, results):
+    again = score(tiny, parse(LINES)[2:])
     assert [r["index"] for r in again] == [2, 3, 4]
     assert again[-1]["elbo"] == pytest.approx(results[-1]["elbo"], rel=1e-4)
     assert again[0]["scores"][1]["plug_in"]["iwae"] == pytest.approx(
@@ -84,17 +90,18 @@ def test_batches_and_where_a_run_starts_change_nothing(tiny, results):
     )
 
 
-def test_a_solve_that_fails_is_told_and_the_others_are_scored(tiny):
-    settings = dataclasses.replace(SETTINGS, samples=2, solver="dopri5", steps=0, rtol=1e-6, atol=1e-6, max_steps=2)
-    (bad,) = score(tiny, parse(LINES[:1]), settings)
-    assert bad["error"] == "the ODE was not solved for 2 of 2 samples" and bad["elbo"] is None
-    json.loads(json.dumps(bad, allow_nan=False))
+def test_a_solve_that_fails_is_told(direct):
+    nan = np.full(1, np.nan)
+    bad = likelihood.take(direct, [0])._replace(failed=np.ones(1, int), elbo=nan, iwae=nan)
+    line = requests._result(parse(LINES[:1])[0], bad)
+    assert line["error"] == "the ODE was not solved for 1 of 3 samples"
+    assert line["elbo"] is None and line["iwae_perplexity"] is None
+    json.dumps(line, allow_nan=False)
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"text": "a" * 13, "id": 1}, None),
         ({"text": "a" * 16}, "f line 1: text makes 20 tokens; allowed are at most 16 (context)"),
         ({"text": ""}, "f line 1: text is empty"),
         ({"prefix": "a", "response": ""}, "f line 1: response is empty"),
@@ -107,11 +114,14 @@ def test_a_solve_that_fails_is_told_and_the_others_are_scored(tiny):
     ],
 )
 def test_lines_refuse(line, words):
-    if words is None:
-        return parse([line])
     with pytest.raises(UserError) as error:
         parse([line])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_line_that_just_fits():
+    (fits,) = parse([{"text": "a" * 13, "id": 1}])
+    assert len(fits.responses[0]) == 16 and fits.tokens == [14]
 
 
 def test_a_line_that_is_not_json_and_patches():
