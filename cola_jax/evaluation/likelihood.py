@@ -40,12 +40,14 @@ def held_out(trained, count: int, seed: int) -> Texts:
     """The first held-out stories of a run.
 
     Raises:
-      UserError: the run's corpus is not `stories`.
+      UserError: the run's corpus is not `stories`, or it has fewer.
     """
     data = trained.config.data
     if data.corpus != "stories":
         raise UserError(f"config.data.corpus = {data.corpus!r}: only a model of 'stories' has a known entropy")
     stories, documents = Stories(data.stories), corpora.documents(data, "holdout", seed)
+    if count > len(documents):
+        raise UserError(f"count = {count}: allowed are at most the {len(documents)} held-out stories")
     texts = [documents[i] for i in range(count)]
     ids = [packing.document_tokens(text, trained.tokenizer, data.align).tolist() for text in texts]
     tokens = np.array([len(trained.tokenizer.encode(text)) + 1 for text in texts])
@@ -118,7 +120,8 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
       For the plug-in score (3.14) and the block-level score of the response (10.21-10.22): how often it is right.
     """
     stories = Stories(trained.config.data.stories)
-    pool = held_out(trained, min(4 * count, 2000), trained.config.seed).texts
+    documents = corpora.documents(trained.config.data, "holdout", trained.config.seed)
+    pool = held_out(trained, max(count, min(4 * count, len(documents))), trained.config.seed).texts
     prefixes, responses = [], []
     for index in range(count):
         first = stories.first_sentence(pool[index])

@@ -43,11 +43,11 @@ def token(model: ColaDLM, params: Params, tokens, index: int) -> Token:
     size = model.dit_config.block_size
     if model.vae_config.patch_size != 1 or not 0 <= index < len(tokens) or (index + 1) % size:
         raise UserError(f"token {index} of {len(tokens)}: allowed is one that ends a block of {size}, without patches")
-    row = np.asarray(tokens, np.int32)[None, : index + 1]
-    posterior = model.apply(params, row, np.ones_like(row), method="encode")
+    row = jnp.asarray(tokens, jnp.int32)[None, : index + 1]
+    posterior = model.apply(params, row, jnp.ones_like(row), method="encode")
     latents = model.normalize(posterior.mean)
     deviation = jnp.exp(0.5 * posterior.logvar[0, -1]) * abs(model.vae_config.scale)
-    return Token(row, latents, latents[0, -1], deviation)
+    return Token(np.asarray(row), latents, latents[0, -1], deviation)
 
 
 def _prior(model, params, place: Token, settings: Settings):

@@ -11,11 +11,11 @@ from tests.system.test_binaries import call, start, train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-TEXT = "Mia was a girl from the village."
+TEXT = "Mia was a girl."  # few tokens, even where the tiny vocabulary does not have its words
 LINES = [
-    *({"text": f"{TEXT} {TEXT}", "id": i} for i in range(20)),
-    {"prefix": TEXT, "response": " She wished for a map to read."},
-    {"prefix": TEXT, "candidates": [" She wished for a map to read.", " He wished for a map to read."]},
+    *({"text": TEXT, "id": i} for i in range(20)),
+    {"prefix": "Mia was", "response": " a girl."},
+    {"prefix": "Mia was", "candidates": [" a girl.", " a boy."]},
 ]
 SETTINGS = ("--samples=2", "--solver=heun", "--steps=2", "--batch_size=4")
 
