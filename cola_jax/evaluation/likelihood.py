@@ -145,8 +145,8 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
     lengths = [len(p) for p in prefix_ids]
     local = likelihood.log_likelihood(trained.model, trained.params, tokens, settings, key, segments, lengths, ids)
     scores = {"plug-in ELBO": plug_in.elbo, "plug-in IWAE": plug_in.iwae, "response": local.elbo}
-    scores |= {"response IWAE": local.iwae, "response, prior term": local.prior, "chance": np.zeros(len(prefixes))}
-    return {name: Proportion(int((s[::2] > s[1::2]).sum()), len(s) // 2) for name, s in scores.items() if s.any()}
+    scores |= {"response IWAE": local.iwae, "response, prior term": local.prior}
+    return {name: Proportion(int((s[::2] > s[1::2]).sum()), len(s) // 2) for name, s in scores.items()}
 
 
 class Setting(NamedTuple):

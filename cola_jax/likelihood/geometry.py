@@ -50,16 +50,17 @@ def token(model: ColaDLM, params: Params, tokens, index: int) -> Token:
     return Token(np.asarray(row), latents, latents[0, -1], deviation)
 
 
-def _prior(model, params, place: Token, settings: Settings):
-    """Velocity of the token's block, the block's latents and which of them is free."""
+def _prior(model, params, place: Token, settings: Settings) -> density.Velocity:
+    """Velocity of the token's latent alone, [1, D]; the rest of its block is at time 0."""
     size = model.dit_config.block_size
     model, params = density.precise(model, params, settings)
     latents = place.latents.astype(settings.dtype)
     cache = model.apply(params, latents, jnp.ones(latents.shape[:2], jnp.int32), method="history")
-    free = jnp.arange(size) == size - 1
-    real, index = jnp.ones(size, bool), jnp.int32(latents.shape[1] // size - 1)
-    velocity = density.block_velocity(model, params, jax.tree.map(lambda x: x[:, 0], cache), index, real, ~free)
-    return velocity, latents[0, -size:], free
+    real, known = jnp.ones(size, bool), jnp.arange(size) < size - 1
+    index = jnp.int32(latents.shape[1] // size - 1)
+    block = density.block_velocity(model, params, jax.tree.map(lambda x: x[:, 0], cache), index, real, known)
+    before = latents[0, -size:-1]
+    return lambda z, t: block(jnp.concatenate([before, z]), t)[-1:]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -67,10 +68,10 @@ def prior_log_prob(
     model: ColaDLM, params: Params, place: Token, points: Float[Array, "S D"], settings: Settings
 ) -> Float[Array, " S"]:
     """``log p(z_n | z_<n)`` at values of the token's latent, nats, with the exact divergence; nan where not solved."""
-    velocity, block, free = _prior(model, params, place, settings)
+    velocity, free = _prior(model, params, place, settings), jnp.ones(1, bool)
 
     def one(point):
-        flow = density.transport(velocity, block.at[-1].set(point.astype(block.dtype)), settings, free=free)
+        flow = density.transport(velocity, point[None].astype(settings.dtype), settings)
         return jnp.where(flow.ok, density.normal_log_prob(flow.end, free) + flow.change, jnp.nan)
 
     return jax.vmap(one)(points)
@@ -81,13 +82,12 @@ def prior_samples(
     model: ColaDLM, params: Params, place: Token, key: Key, settings: Settings, count: int
 ) -> Float[Array, "S D"]:
     """Latents of the token drawn from the prior, with what comes before it given."""
-    velocity, block, free = _prior(model, params, place, settings)
+    velocity = _prior(model, params, place, settings)
 
     def one(key):
-        noise = jax.random.normal(key, block.shape[1:], block.dtype)
-        still = jnp.zeros((1, *block.shape), block.dtype)  # no probe is needed without a density
-        start = block.at[-1].set(noise)
-        return density.transport(velocity, start, settings, 1.0, 0.0, free, still).end[-1]
+        noise = jax.random.normal(key, (1, place.mean.shape[0]), settings.dtype)
+        unused = jnp.zeros((1, *noise.shape), noise.dtype)  # a probe: the density of samples is not needed
+        return density.transport(velocity, noise, settings, 1.0, 0.0, probes=unused).end[0]
 
     return jax.vmap(one)(jax.random.split(key, count))
 

@@ -146,7 +146,13 @@ def test_notebook(run, monkeypatch):
         source = "".join(cell["source"])
         exec(compile(source, cell["id"], "exec"), scope)
         if "RUNS" in source and "runs" not in scope:
-            small = {"RUNS": {"none": str(run), "1.0": str(run)}, "STORIES": 2, "SAMPLES": 2, "CLOUD": 4, "GRID": 3}
+            small = {
+                "RUNS": {"learnable": str(run), "1.0": str(run)},
+                "STORIES": 2,
+                "SAMPLES": 2,
+                "CLOUD": 4,
+                "GRID": 3,
+            }
             small["SETTINGS"] = scope["Settings"](samples=2, solver="heun", steps=2)
             scope |= small | {"REFERENCE": 1e-3}
     assert len(scope["rows"]) == 4 and os.environ["MPLBACKEND"] == "Agg"
