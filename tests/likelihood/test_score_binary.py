@@ -155,4 +155,4 @@ def test_notebook(run, monkeypatch):
             }
             small["SETTINGS"] = scope["Settings"](samples=2, solver="heun", steps=2)
             scope |= small | {"REFERENCE": 1e-3}
-    assert len(scope["rows"]) == 4 and os.environ["MPLBACKEND"] == "Agg"
+    assert len(scope["rows"]) == 3 and os.environ["MPLBACKEND"] == "Agg"
