@@ -42,13 +42,27 @@ def test_log_density_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("solver", "order", "steps"), [("euler", 1, 64), ("heun", 2, 64), ("midpoint", 2, 64), ("dopri5", 5, 16)]
+    ("solver", "order", "steps", "power"),
+    [
+        ("euler", 1, 64, 1.0),
+        ("heun", 2, 64, 1.0),
+        ("midpoint", 2, 64, 1.0),
+        ("heun", 2, 64, 2.0),
+        ("dopri5", 5, 16, 1.0),
+    ],
 )
-def test_order_in_the_step_size(solver, order, steps):
+def test_order_in_the_step_size(solver, order, steps, power):
     with jax.enable_x64(True):
-        settings = [Settings(solver=solver, steps=n, divergence="exact", dtype="float64") for n in (steps, 2 * steps)]
-        coarse, fine = (np.abs(score(jnp.asarray(Z), s)[0] - EXACT).mean() for s in settings)
+        settings = Settings(solver=solver, power=power, divergence="exact", dtype="float64")
+        both = [dataclasses.replace(settings, steps=n) for n in (steps, 2 * steps)]
+        coarse, fine = (np.abs(score(jnp.asarray(Z), s)[0] - EXACT).mean() for s in both)
     assert abs(np.log2(coarse / fine) - order) < 0.35, (coarse, fine)
+
+
+def test_fixed_steps_are_finer_near_the_data():
+    settings = Settings(steps=4, power=2.0)
+    np.testing.assert_allclose(density.time_grid(settings, 0.0, 1.0), [0, 1 / 16, 1 / 4, 9 / 16, 1])
+    np.testing.assert_allclose(density.time_grid(settings, 1.0, 0.0), [1, 9 / 16, 1 / 4, 1 / 16, 0])
 
 
 def test_forward_then_backward_returns_the_latent():
