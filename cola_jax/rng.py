@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cola_jax.types import Key
 
 # A stream's number is part of every result: append, never renumber.
-STREAMS = ("init", "train", "evaluate", "sample")
+STREAMS = ("init", "train", "evaluate", "sample", "likelihood")
 
 
 def key(seed: int, stream: str, step=0, sample=None) -> Key:

@@ -70,6 +70,10 @@ class ColaDLM(nn.Module):
         """See `TextVAE.decode_next`."""
         return self.vae.decode_next(latents, cache, cache_mask, positions)
 
+    def history(self, latents, segment_ids):
+        """The prior's cache of clean latents; see `BlockCausalDiT.prefill`."""
+        return self.dit.prefill(latents, segment_ids)
+
     def extend(self, latents, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None):
         """See `BlockCausalDiT.extend`."""
         return self.dit.extend(latents, time, positions, cache, cache_mask, own_mask, pinned, modulations)

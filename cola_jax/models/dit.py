@@ -209,7 +209,8 @@ class BlockCausalDiT(nn.Module):
         else:
             values, zero = table[context.index][None, None], table[-1][None, None]
         shift, scale = _spread(values, zero, pinned, x.shape[1])
-        return self.out_layer(self.out_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+        velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
+        return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
 
     def _angles(self, positions):
         return embeddings.rope_angles(positions, self.config.rope_dim, self.config.rope_theta)

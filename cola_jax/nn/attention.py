@@ -1,6 +1,6 @@
 """Multi-head attention: against a sequence, and of blocks against a history and themselves.
 
-Logits and softmax are float32 whatever the compute type. Keys arrive after norm and RoPE.
+Logits and softmax are float32 (or wider) whatever the compute type. Keys arrive after norm and RoPE.
 """
 
 import math
@@ -13,7 +13,8 @@ _MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
 def _logits(q, k, mask, equation: str):
-    logits = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum(equation, q, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
     return logits if mask is None else jnp.where(mask, logits, _MASKED)
 
 

@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, computed in float32, returned in the input's type."""
+    """LayerNorm over the last axis, computed in float32 (or wider), returned in the input's type."""
 
     eps: float
     affine: bool = True
@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         if self.affine:

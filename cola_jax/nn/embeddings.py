@@ -21,10 +21,10 @@ def apply_rope(
       x: queries or keys.
       angles: from `rope_angles`, R pairs.
       interleaved: pairs are channels (2i, 2i + 1), as in the DiT; else (i, i + R), as in the VAE.
-      full_precision: rotate in float32; else sines, cosines and products have the type of ``x``.
+      full_precision: rotate in float32 (or wider); else sines, cosines and products have the type of ``x``.
     """
     dtype, pairs = x.dtype, angles.shape[-1]
-    compute = jnp.float32 if full_precision else dtype
+    compute = jnp.promote_types(dtype, jnp.float32) if full_precision else dtype
     cos, sin = (f(angles).astype(compute)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     rotated, rest = x[..., : 2 * pairs].astype(compute), x[..., 2 * pairs :]
     if interleaved:
@@ -37,8 +37,9 @@ def apply_rope(
 
 
 def time_features(times: Float[Array, "B M"], num_features: int = 256) -> Float[Array, "B M F"]:
-    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32."""
+    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32 (or wider)."""
     half = num_features // 2
-    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 1000.0 * times.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    dtype = jnp.promote_types(times.dtype, jnp.float32)
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=dtype) / half)
+    angles = 1000.0 * times.astype(dtype)[..., None] * frequencies[None, None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

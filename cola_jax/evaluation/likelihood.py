@@ -1,0 +1,301 @@
+"""What the likelihood of a model of `stories` says: its gap to the corpus's entropy, ranking, cost of the solvers."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cola_jax import likelihood, rng
+from cola_jax.config import DiTConfig, VAEConfig
+from cola_jax.data import corpora, packing
+from cola_jax.data.stories import Stories
+from cola_jax.evaluation.stories import Proportion
+from cola_jax.likelihood import Settings, density, rows, weights
+from cola_jax.models import cola
+from cola_jax.types import UserError
+
+
+class Texts(NamedTuple):
+    """Held-out stories.
+
+    Attributes:
+      texts: as they are.
+      ids: their tokens with the ends of text that the training filled them up with.
+      tokens: [B], tokens of each text and one end of text: the T of rates per token.
+      log_prob: [B], exact log p*(x), nats.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    tokens: np.ndarray
+    log_prob: np.ndarray
+
+
+def held_out(trained, count: int, seed: int) -> Texts:
+    """The first held-out stories of a run.
+
+    Raises:
+      UserError: the run's corpus is not `stories`, or it has fewer.
+    """
+    data = trained.config.data
+    if data.corpus != "stories":
+        raise UserError(f"config.data.corpus = {data.corpus!r}: only a model of 'stories' has a known entropy")
+    stories, documents = Stories(data.stories), corpora.documents(data, "holdout", seed)
+    if count > len(documents):
+        raise UserError(f"count = {count}: allowed are at most the {len(documents)} held-out stories")
+    texts = [documents[i] for i in range(count)]
+    ids = [packing.document_tokens(text, trained.tokenizer, data.align).tolist() for text in texts]
+    tokens = np.array([len(trained.tokenizer.encode(text)) + 1 for text in texts])
+    return Texts(texts, ids, tokens, np.array([stories.log_prob(text) for text in texts]))
+
+
+class Mean(NamedTuple):
+    """A mean over stories and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} +- {self.error:.4f}"
+
+
+def per_token(values: np.ndarray, tokens: np.ndarray) -> Mean:
+    """``sum(values) / sum(tokens)`` over stories, with the standard error of a ratio of means."""
+    ratio, count = values.sum() / tokens.sum(), len(values)
+    spread = np.sqrt(np.sum(np.square(values - ratio * tokens)) / max(count - 1, 1) / count)
+    return Mean(float(ratio), float(spread / tokens.mean()))
+
+
+def gap(trained, settings: Settings, count: int, seed: int, counts: Sequence[int], report=None) -> dict[str, Mean]:
+    """Nats per token of held-out stories: the model's bounds, the exact entropy, and the parts of the ELBO (3.5).
+
+    ``-ELBO = reconstruction + rate + mismatch``. The rate ``I_q(X; Z)`` lies between ``H(X) - reconstruction``
+    (Barber and Agakov's bound) and H(X); H(X) is what is reported, so that rate and mismatch are uncertain by the
+    reconstruction term. "filling" is the share of -ELBO of the blocks that hold nothing but end-of-text tokens.
+
+    Args:
+      trained: a `trained.Trained`.
+      settings: K samples; see `Settings`.
+      count: stories.
+      seed: of the draws; the stories are those of the run.
+      counts: values of K of the IWAE, up to ``settings.samples``.
+      report: of `likelihood.log_likelihood`.
+    """
+    texts = held_out(trained, count, trained.config.seed)
+    tokens, segments = likelihood.stack(texts.ids)
+    key = rng.key(seed, "likelihood")
+    found = likelihood.log_likelihood(trained.model, trained.params, tokens, settings, key, segments, report=report)
+    size = trained.model.dit_config.block_size * trained.model.vae_config.patch_size
+    last = -(-(texts.tokens - 1) // size)  # blocks with a token of the text
+    filling = np.where(np.arange(found.blocks.elbo.shape[1])[None] >= last[:, None], -found.blocks.elbo, 0).sum(axis=1)
+    curve = likelihood.iwae_curve(found.log_weights, counts)
+    parts = {
+        "entropy": -texts.log_prob,
+        "-ELBO": -found.elbo,
+        **{f"-IWAE {k}": -curve[:, i] for i, k in enumerate(counts)},
+        "reconstruction": -found.reconstruction,
+        "rate": -texts.log_prob,
+        "mismatch": -found.elbo + found.reconstruction + texts.log_prob,
+        "filling": filling,
+        "-prior": -found.prior,
+        "posterior": found.posterior,
+    }
+    out = {name: per_token(value, texts.tokens) for name, value in parts.items()}
+    out["Monte-Carlo error of -ELBO"] = Mean(float(np.sqrt(np.square(found.elbo_error).sum()) / texts.tokens.sum()), 0)
+    return out
+
+
+def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Proportion]:
+    """How often a story's true continuation scores above another story's, after its first sentence.
+
+    The other continuation has as many tokens, sentences that are all valid, and makes the story incoherent
+    (p* = 0): only the global factor tells the two apart.
+
+    Returns:
+      For the plug-in score (3.14) and the block-level score of the response (10.21-10.22): how often it is right.
+    """
+    stories = Stories(trained.config.data.stories)
+    documents = corpora.documents(trained.config.data, "holdout", trained.config.seed)
+    pool = held_out(trained, max(count, min(4 * count, len(documents))), trained.config.seed).texts
+    prefixes, responses = [], []
+    for index in range(count):
+        first = stories.first_sentence(pool[index])
+        for other in pool[index + 1 :] + pool[:index]:
+            rest = other[len(stories.first_sentence(other)) :]
+            true = pool[index][len(first) :]
+            same = len(trained.tokenizer.encode(rest)) == len(trained.tokenizer.encode(true))
+            if same and not np.isfinite(stories.log_prob(first + rest)):
+                prefixes += [first, first]
+                responses += [true, rest]
+                break
+    align, encode = trained.config.data.align, trained.tokenizer.encode
+    prefix_ids = [encode(text) for text in prefixes]
+    response_ids = []
+    for prefix, response in zip(prefixes, responses, strict=True):
+        whole = packing.document_tokens(prefix + response, trained.tokenizer, align).tolist()
+        response_ids.append(whole[len(encode(prefix)) :])
+    key, ids = rng.key(seed, "likelihood"), np.arange(len(prefixes)) // 2
+    plug_in = likelihood.conditional(trained.model, trained.params, prefix_ids, response_ids, settings, key, ids)
+    tokens, segments = likelihood.stack([p + r for p, r in zip(prefix_ids, response_ids, strict=True)])
+    lengths = [len(p) for p in prefix_ids]
+    local = likelihood.log_likelihood(trained.model, trained.params, tokens, settings, key, segments, lengths, ids)
+    scores = {"plug-in ELBO": plug_in.elbo, "plug-in IWAE": plug_in.iwae, "response": local.elbo}
+    scores |= {"response IWAE": local.iwae, "response, prior term": local.prior}
+    return {name: Proportion(int((s[::2] > s[1::2]).sum()), len(s) // 2) for name, s in scores.items()}
+
+
+class Setting(NamedTuple):
+    """One row of `sweep` and `probes`: errors in nats per token against the reference, and the cost.
+
+    Attributes:
+      bias: mean error over sequences.
+      rms: root mean square error of a sequence.
+      seconds: per sequence, compilation apart.
+      steps: mean solver steps of a block.
+      failed: sequences.
+    """
+
+    settings: Settings
+    bias: float
+    rms: float
+    seconds: float
+    steps: float
+    failed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{describe(self.settings)}: bias {self.bias:+.4f}, rms {self.rms:.4f} nats/token, "
+            f"{self.seconds:.3f} s/sequence, {self.steps:.1f} steps, {self.failed} failed"
+        )
+
+
+class Draw(NamedTuple):
+    """One posterior sample of held-out stories, and the keys of its probes."""
+
+    z: jax.Array
+    probes: jax.Array
+    segments: jax.Array
+    tokens: np.ndarray
+
+
+def draw(trained, count: int, seed: int) -> Draw:
+    """The posterior sample of the first held-out stories, and its probes, for `compare`."""
+    texts, model = held_out(trained, count, trained.config.seed), trained.model
+    made = rows.make_rows(model, *likelihood.stack(texts.ids))
+    posterior = weights.encode(model, trained.params, made)
+    segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
+    draws, probe = (rng.key(seed, "likelihood", step, np.arange(count)) for step in range(2))
+    z = model.normalize(posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(draws, posterior.mean.shape[1:]))
+    probes = jnp.stack(rng.split(probe, z.shape[1] // model.dit_config.block_size), axis=1)
+    return Draw(z, probes, segments, texts.tokens)
+
+
+def _solve(trained, sample: Draw, settings: Settings) -> density.Density:
+    keys = None if settings.divergence == "exact" else sample.probes
+    found = density.log_prob(trained.model, trained.params, sample.z, settings, keys, sample.segments)
+    return jax.block_until_ready(found)
+
+
+def truth(trained, sample: Draw, settings: Settings) -> np.ndarray:
+    """log p(z) of each sequence, [B], by the settings that errors are measured against."""
+    return np.asarray(_solve(trained, sample, settings).log_prob, np.float64).sum(axis=1)
+
+
+def compare(trained, sample: Draw, settings: Settings, right: np.ndarray) -> Setting:
+    """Error and cost of one way to solve, against `truth`."""
+    _solve(trained, sample, settings)  # compiles
+    start = time.perf_counter()
+    result = _solve(trained, sample, settings)
+    seconds = (time.perf_counter() - start) / len(right)
+    ok = np.asarray(result.ok).all(axis=1)
+    error = ((np.asarray(result.log_prob, np.float64).sum(axis=1) - right) / sample.tokens)[ok]
+    real = np.asarray(sample.segments)[:, :: trained.model.dit_config.block_size] > 0
+    steps = float(np.asarray(result.steps)[real].mean())
+    rms = float(np.sqrt(np.mean(np.square(error))))
+    return Setting(settings, float(error.mean()), rms, seconds, steps, int((~ok).sum()))
+
+
+VARIANTS = (
+    *({"solver": "euler", "steps": n} for n in (16, 64)),
+    *({"solver": "heun", "steps": n} for n in (16, 64)),
+    *({"solver": "heun", "steps": n, "power": 2.0} for n in (16, 32)),
+    *({"solver": "dopri5", "steps": n, "power": 2.0} for n in (4, 8, 16, 32)),
+    *({"solver": "dopri5", "steps": 0, "rtol": r, "atol": r} for r in (1e-2, 1e-3, 1e-4)),
+    *({"solver": "tsit5", "steps": 0, "rtol": r, "atol": r} for r in (1e-3, 1e-4, 1e-5)),
+)
+
+
+def sweep(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+    """Error of log p(z) and seconds of solvers, steps and tolerances, on one posterior sample of held-out stories.
+
+    The truth is dopri5 at tolerances of 1e-6. All have the same probes of Hutchinson's estimator, so that the error
+    is the solver's alone; `probes` has the estimator's.
+
+    Args:
+      trained: a `trained.Trained`.
+      base: what `VARIANTS` leave open.
+      count: sequences.
+      seed: of posterior samples and probes.
+      say: prints a line.
+    """
+    sample = draw(trained, count, seed)
+    reference = dataclasses.replace(base, solver="dopri5", steps=0, rtol=1e-6, atol=1e-6, max_steps=4000)
+    right = truth(trained, sample, reference)
+    found = []
+    for variant in VARIANTS:
+        found.append(compare(trained, sample, dataclasses.replace(base, **({"power": 1.0} | variant)), right))
+        say(str(found[-1]))
+    return found
+
+
+def probes(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+    """As `sweep`, for the divergence: the truth is the exact one, the solver is that of ``base``."""
+    sample = draw(trained, count, seed)
+    exact = dataclasses.replace(base, divergence="exact")
+    right = truth(trained, sample, exact)
+    found = []
+    for probe, number in (("rademacher", 1), ("gaussian", 1), ("rademacher", 8), ("rademacher", 64)):
+        found.append(compare(trained, sample, dataclasses.replace(base, probe=probe, probes=number), right))
+        say(str(found[-1]))
+    found.append(compare(trained, sample, exact, right))
+    say(str(found[-1]))
+    return found
+
+
+def speed(settings: Settings, count: int, length: int = 128) -> tuple[float, float]:
+    """Seconds a sequence for K samples at a size that samplers are compared at, with random weights.
+
+    DiT 8 layers x 512 (8 heads of 64), VAE 2 + 2 layers x 384, 8,192 tokens, K = D = 16.
+
+    Args:
+      settings: see `Settings`.
+      count: sequences.
+      length: tokens of each.
+
+    Returns:
+      Seconds of the first call, with compilation, and of the second; a sequence each.
+    """
+    vae = VAEConfig(8192, dim=384, ffn_dim=1536, num_heads=6, encoder_layers=2, decoder_layers=2, block_size=16)
+    dit = DiTConfig(16, 16, dim=512, num_heads=8, head_dim=64, num_layers=8, time_dim=512, rope_dim=48)
+    model, seconds = cola.create(vae, dit), []
+    tokens = np.random.default_rng(0).integers(0, 8192, (count, length))
+    params = nn.unbox(jax.jit(model.init)(rng.key(0, "init"), jnp.asarray(tokens[:1], jnp.int32)))
+    for _ in range(2):
+        start = time.perf_counter()
+        likelihood.log_likelihood(model, params, tokens, settings, rng.key(0, "likelihood"))
+        seconds.append((time.perf_counter() - start) / count)
+    return tuple(seconds)
+
+
+def describe(settings: Settings) -> str:
+    """Solver, step control, divergence and type in words."""
+    control = f"rtol {settings.rtol:g}, atol {settings.atol:g}"
+    if settings.steps:
+        control = f"{settings.steps} steps, power {settings.power:g}"
+    how = "exact" if settings.divergence == "exact" else f"{settings.probes} {settings.probe}"
+    return f"{settings.solver}, {control}, {how}, {settings.dtype}"

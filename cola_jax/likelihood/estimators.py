@@ -1,0 +1,294 @@
+"""log p(x) from importance weights: ELBO, IWAE, scores of responses, rates per token (3.8-3.14, 10.7-10.22)."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cola_jax import sharding
+from cola_jax.likelihood import weights
+from cola_jax.likelihood.rows import Rows, make_rows, stack
+from cola_jax.likelihood.settings import Settings
+from cola_jax.models.cola import ColaDLM
+from cola_jax.types import Key, Params, UserError
+
+
+class Blocks(NamedTuple):
+    """Terms of each block [B, G], means over samples, nats; 0 for blocks of padding or of a prefix."""
+
+    reconstruction: np.ndarray
+    prior: np.ndarray
+    posterior: np.ndarray
+
+    @property
+    def elbo(self) -> np.ndarray:
+        """Each block's share of the ELBO; of the response's only block, its score (10.21-10.22)."""
+        return self.reconstruction + self.prior - self.posterior
+
+
+class Likelihood(NamedTuple):
+    """Estimates of log p(x), or of a response given a prefix, one for each example, in nats, float64.
+
+    Monte-Carlo standard errors are over the K samples (nan for K = 1); that of the IWAE is first-order.
+    An example with a failed solve has nan everywhere and a count in ``failed``.
+
+    Attributes:
+      elbo: mean of log w (3.12), of which reconstruction + prior - posterior are the parts.
+      iwae: log of the mean of w.
+      reconstruction: mean of log p(x|z).
+      prior: mean of log p(z), normalised latents.
+      posterior: mean of log q(z|x), normalised latents.
+      blocks: the same parts by block.
+      log_weights: [B, K], log w of every sample.
+      tokens: scored tokens.
+      failed: samples whose ODE could not be solved.
+      steps: mean over samples of the slowest block's solver steps.
+    """
+
+    elbo: np.ndarray
+    elbo_error: np.ndarray
+    iwae: np.ndarray
+    iwae_error: np.ndarray
+    reconstruction: np.ndarray
+    prior: np.ndarray
+    posterior: np.ndarray
+    blocks: Blocks
+    log_weights: np.ndarray
+    tokens: np.ndarray
+    failed: np.ndarray
+    steps: np.ndarray
+
+
+class Conditional(NamedTuple):
+    """Scores of responses given prefixes (nats), [B].
+
+    Attributes:
+      elbo, iwae: plug-in estimates ``log p(prefix, response) - log p(prefix)`` (3.14); no bounds.
+      elbo_error, iwae_error: standard errors; the two estimates share their draws, which the ELBO's counts.
+      joint, prefix: the two `Likelihood`s.
+    """
+
+    elbo: np.ndarray
+    elbo_error: np.ndarray
+    iwae: np.ndarray
+    iwae_error: np.ndarray
+    joint: Likelihood
+    prefix: Likelihood
+
+
+def log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``log mean exp`` over the last axis, and its standard error by the delta method (nan for one sample)."""
+    peak = log_weights.max(axis=-1, keepdims=True)
+    value = peak[..., 0] + np.log(np.mean(np.exp(log_weights - peak), axis=-1))
+    return value, mean_error(np.exp(log_weights - value[..., None]))  # of weights with mean 1
+
+
+def mean_error(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the last axis; nan for one value."""
+    count = values.shape[-1]
+    return np.std(values, axis=-1, ddof=1) / math.sqrt(count) if count > 1 else np.full(values.shape[:-1], math.nan)
+
+
+def log_likelihood(
+    model: ColaDLM,
+    params: Params,
+    tokens,
+    settings: Settings,
+    key: Key,
+    segment_ids=None,
+    prefix=None,
+    ids=None,
+    mesh=None,
+    report: Callable[[int, int], None] | None = None,
+) -> Likelihood:
+    """Estimates ``log p(x)`` of each row with K posterior samples (3.8-3.12).
+
+    With ``prefix``, scores only what follows it: ``log p(x_res | z) + log p(z_res | z_pre) - log q(z_res | x)``, the
+    block-level and local score (10.21-10.22, 5.2). In the block that a prefix ends inside, its positions are pinned
+    to time 0, as in generation.
+
+    Args:
+      model: a `ColaDLM` with a variational VAE.
+      params: its variables.
+      tokens: ids [B, T], one document a row; T a multiple of the patch size.
+      settings: see `Settings`.
+      key: source of all draws; what row i draws depends on (key, its id, sample) alone, not on its batch.
+      segment_ids: [B, T], 1 for the document, 0 for padding behind it; None: no padding.
+      prefix: [B], tokens that are given, a multiple of the patch size and fewer than the row has; None: none.
+      ids: [B], identity of each row in the random stream; by default its index. Rows with the same id share draws.
+      mesh: from `sharding.make_mesh`: rows are shared out over its batch axes; params must lie on it.
+      report: called with (samples done, samples) as the estimate grows.
+
+    Returns:
+      A `Likelihood`.
+
+    Raises:
+      UserError: a setting, row or model that cannot be used.
+    """
+    settings.validate()
+    check_model(model, params)
+    rows = make_rows(model, tokens, segment_ids, prefix, ids)
+    scored = (rows.real * ~rows.given).sum(axis=1)
+    if mesh is not None:
+        rows = _share_out(rows, mesh)
+    posterior = weights.encode(model, params, rows)
+    count = len(scored)
+    parts, means = [], None
+    for samples in sample_chunks(settings, count):
+        terms = jax.device_get(weights.terms(model, params, rows, settings, posterior, key, jnp.asarray(samples)))
+        new = samples < settings.samples
+        blocks = Blocks(*[x[:, new].astype(np.float64) for x in terms[:3]])
+        parts.append([blocks.elbo.sum(axis=-1), terms.ok[:, new], terms.steps[:, new]])
+        sums = [x.sum(axis=1) for x in blocks]
+        means = sums if means is None else [a + b for a, b in zip(means, sums, strict=True)]
+        if report is not None:
+            report(min(int(samples[-1]) + 1, settings.samples), settings.samples)
+    log_w, ok, steps = (np.concatenate(part, axis=1)[:count] for part in zip(*parts, strict=True))
+    blocks = Blocks(*[m[:count] / settings.samples for m in means])
+    return _likelihood(log_w, ok, steps, blocks, scored)
+
+
+def _share_out(rows: Rows, mesh) -> Rows:
+    """Rows on the devices of a mesh; the last one is repeated until they can be shared out evenly."""
+    fill = -len(rows.ids) % math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    filled = {name: np.concatenate([x, np.repeat(x[-1:], fill, axis=0)]) for name, x in rows._asdict().items()}
+    return Rows(**sharding.put_batch(mesh, filled))
+
+
+def _likelihood(log_w, ok, steps, blocks: Blocks, tokens) -> Likelihood:
+    failed = (~ok).sum(axis=1)
+    log_w = np.where((failed > 0)[:, None], math.nan, log_w)
+    blocks = Blocks(*[np.where((failed > 0)[:, None], math.nan, part) for part in blocks])
+    iwae, iwae_error = log_mean_exp(log_w)
+    return Likelihood(
+        elbo=log_w.mean(axis=1),
+        elbo_error=mean_error(log_w),
+        iwae=iwae,
+        iwae_error=iwae_error,
+        reconstruction=blocks.reconstruction.sum(axis=1),
+        prior=blocks.prior.sum(axis=1),
+        posterior=blocks.posterior.sum(axis=1),
+        blocks=blocks,
+        log_weights=log_w,
+        tokens=tokens,
+        failed=failed,
+        steps=steps.mean(axis=1),
+    )
+
+
+def sample_chunks(settings: Settings, batch: int) -> list[np.ndarray]:
+    """Numbers of the samples to compute at a time, chunks of one size; the last may go beyond K (not counted)."""
+    most = max(1, settings.rows // batch)
+    chunks = -(-settings.samples // most)
+    size = -(-settings.samples // chunks)
+    return [np.arange(start, start + size, dtype=np.int32) for start in range(0, chunks * size, size)]
+
+
+def check_model(model: ColaDLM, params: Params) -> None:
+    """Raises UserError for a model whose likelihood is not defined."""
+    if "dit" not in params["params"]:
+        raise UserError("params: no prior (dit); likelihood needs a model that has been through stage 2")
+    if not model.vae_config.variational:
+        raise UserError("config.vae.variational = False: likelihood needs a posterior with a density, allowed is True")
+
+
+def take(likelihood: Likelihood, index: Sequence[int]) -> Likelihood:
+    """Rows of a `Likelihood`."""
+    return jax.tree.map(lambda x: x[np.asarray(index, int)], likelihood)
+
+
+def join(parts: Sequence[Likelihood]) -> Likelihood:
+    """The rows of several `Likelihood`s of the same settings."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def nothing_like(likelihood: Likelihood) -> Likelihood:
+    """The likelihood of empty texts: log p = 0 without error, in the shapes of another one."""
+    return jax.tree.map(np.zeros_like, likelihood)
+
+
+def plug_in(joint: Likelihood, prefix: Likelihood) -> Conditional:
+    """Differences of the estimates of whole texts and of their prefixes (3.14)."""
+    return Conditional(
+        joint.elbo - prefix.elbo,
+        mean_error(joint.log_weights - prefix.log_weights),
+        joint.iwae - prefix.iwae,
+        np.hypot(joint.iwae_error, prefix.iwae_error),
+        joint,
+        prefix,
+    )
+
+
+def conditional(
+    model: ColaDLM,
+    params: Params,
+    prefixes: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    settings: Settings,
+    key: Key,
+    ids=None,
+    **options,
+) -> Conditional:
+    """Plug-in score ``log p(prefix, response) - log p(prefix)`` (3.14, 10.13-10.14): not a bound.
+
+    All texts and prefixes are one batch. A text and its prefix share their draws, so that the noise of the prefix's
+    latents and probes cancels from the difference.
+
+    Args:
+      prefixes, responses: id lists; a prefix may be empty (log p = 0), a response may not.
+      ids: identity of each pair in the random stream: candidates of one prefix with the same id share its draws,
+        and their prefix is scored once.
+      **options: of `log_likelihood`: mesh, report.
+
+    Raises:
+      UserError: as `log_likelihood`, or an empty response.
+    """
+    for index, response in enumerate(responses):
+        if not len(response):
+            raise UserError(f"example {index}: the response is empty; allowed is at least one token")
+    count = len(prefixes)
+    ids = list(range(count)) if ids is None else [int(i) for i in ids]
+    names = [(i, tuple(p)) for i, p in zip(ids, prefixes, strict=True)]
+    unique = sorted({name for name in names if name[1]})
+    texts = [[*p, *r] for p, r in zip(prefixes, responses, strict=True)] + [list(p) for _, p in unique]
+    tokens, segments = stack(texts)
+    rows = [*ids, *(i for i, _ in unique)]
+    scores = log_likelihood(model, params, tokens, settings, key, segments, None, rows, **options)
+    places = [count + unique.index(name) if name[1] else 0 for name in names]
+    nothing = np.array([not name[1] for name in names])
+    prefix = take(scores, places)
+    prefix = jax.tree.map(
+        lambda x, zero: np.where(nothing.reshape(-1, *(1,) * (x.ndim - 1)), zero, x), prefix, nothing_like(prefix)
+    )
+    return plug_in(take(scores, range(count)), prefix)
+
+
+def perplexity(log_prob, tokens):
+    """``exp(-L / T)`` (10.7, 10.10)."""
+    return np.exp(-np.asarray(log_prob, np.float64) / tokens)
+
+
+def bits_per_byte(log_prob, num_bytes):
+    """``-L / (bytes log 2)``: comparable between tokenizers."""
+    return -np.asarray(log_prob, np.float64) / (np.asarray(num_bytes) * math.log(2))
+
+
+def iwae_curve(log_weights: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """IWAE_k of each row for several k from the same samples: the mean over disjoint groups of k of them.
+
+    Args:
+      log_weights: [B, K].
+      counts: values of k, from 1 (the ELBO) to K.
+
+    Returns:
+      [B, len(counts)].
+    """
+    columns = []
+    for k in counts:
+        groups = log_weights.shape[1] // k
+        grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
+        columns.append(log_mean_exp(grouped)[0].mean(axis=1))
+    return np.stack(columns, axis=1)

@@ -1,0 +1,80 @@
+"""Measures the likelihood of a model of `stories`: its gap to the exact entropy, ranking, cost of the solvers.
+
+    python launch/likelihood.py --checkpoint=runs/quickstart --part=gap --count=64 --samples=1,10,100
+    python launch/likelihood.py --checkpoint=runs/quickstart --part=ranking --count=64 --samples=4
+    python launch/likelihood.py --checkpoint=runs/quickstart --part=sweep --count=8
+    python launch/likelihood.py --part=speed --solver=heun --steps=16 --count=4 --samples=1
+
+Solver and tolerances are flags (--solver, --steps, --rtol, --atol); with --json=FILE the numbers are written there.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from absl import flags
+
+from cola_jax import cli
+from cola_jax.evaluation import likelihood, trained
+from cola_jax.likelihood import Settings
+from cola_jax.types import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run, or of a released checkpoint")
+_PART = flags.DEFINE_enum("part", "gap", ["gap", "ranking", "sweep", "probes", "speed"], "what to measure")
+_COUNT = flags.DEFINE_integer("count", 64, "held-out stories", lower_bound=2)
+_SAMPLES = flags.DEFINE_list("samples", "1,10", "K; the IWAE is given for each, the ELBO for the largest")
+_SEED = flags.DEFINE_integer("seed", 1, "of all draws")
+_SOLVER = flags.DEFINE_string("solver", "dopri5", "see cola_jax.likelihood.Settings")
+_STEPS = flags.DEFINE_integer("steps", 0, "fixed steps; 0: by the tolerances")
+_POWER = flags.DEFINE_float("power", 1.0, "of the fixed steps; 2: finer near the data")
+_RTOL = flags.DEFINE_float("rtol", 1e-3, "relative tolerance")
+_ATOL = flags.DEFINE_float("atol", 1e-3, "absolute tolerance")
+_JSON = flags.DEFINE_string("json", None, "file for the numbers")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def measure(run, settings: Settings, counts: list[int]) -> dict | list:
+    """The part that was asked for, as JSON can hold it; says it in lines."""
+    arguments = (_COUNT.value, _SEED.value)
+    if _PART.value in ("sweep", "probes"):
+        found = getattr(likelihood, _PART.value)(run, settings, *arguments, say)
+        return [row._asdict() | {"settings": dataclasses.asdict(row.settings)} for row in found]
+    if _PART.value == "ranking":
+        found = likelihood.ranking(run, settings, *arguments)
+        values = {name: {"mean": share.mean, "interval": share.interval} for name, share in found.items()}
+    else:
+        start = time.monotonic()
+
+        def report(done, total):
+            left = (time.monotonic() - start) / done * (total - done)
+            say(f"{done}/{total} samples  ETA {left:.0f} s")
+
+        found = likelihood.gap(run, settings, *arguments, counts, report)
+        values = {name: value._asdict() for name, value in found.items()}
+    for name, value in found.items():
+        say(f"{name}: {value}")
+    return values
+
+
+def main() -> None:
+    try:
+        counts = sorted(int(value) for value in _SAMPLES.value)
+    except ValueError:
+        raise UserError(f"--samples = {','.join(_SAMPLES.value)}: allowed are numbers with commas between") from None
+    settings = Settings(counts[-1], _SOLVER.value, _STEPS.value, _POWER.value, _RTOL.value, _ATOL.value)
+    dataclasses.replace(settings, samples=counts[0]).validate()
+    if _PART.value == "speed":
+        first, found = likelihood.speed(settings, _COUNT.value)
+        say(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")
+    else:
+        found = measure(trained.load(_CHECKPOINT.value), settings, counts)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, huge_pages=True)

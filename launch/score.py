@@ -1,0 +1,87 @@
+"""Likelihood of text: ELBO and IWAE with error bars, scores of responses and candidates, as JSON lines.
+
+    python launch/score.py --checkpoint=runs/quickstart --input=texts.jsonl --output=scores.jsonl --samples=10
+
+A line of the input is {"text": ...}, {"prefix": ..., "response": ...} or {"prefix": ..., "candidates": [...]}; a
+response follows its prefix as it is, with no space put between. Line i of the output belongs to line i of the input.
+The same command goes on with a run that was stopped. README, "Likelihood", explains the fields.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from tqdm import tqdm
+
+from cola_jax import cli, rng, sharding
+from cola_jax.config import TrainConfig
+from cola_jax.evaluation import score_file, trained
+from cola_jax.likelihood import Settings, estimators, requests
+from cola_jax.types import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run, or of a released checkpoint")
+_INPUT = flags.DEFINE_string("input", None, "JSON lines")
+_OUTPUT = flags.DEFINE_string("output", None, "file for the results")
+_SEED = flags.DEFINE_integer("seed", 0, "of all draws; those of line i depend on (seed, i) alone")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "rows scored at a time", lower_bound=1)
+_END_OF_TEXT = flags.DEFINE_bool("end_of_text", True, "texts and responses are complete: score their end, too")
+_MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "devices; 0: all that are left") for n in sharding.AXES}
+_KINDS = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+_SETTINGS = {
+    field.name: _KINDS[field.type](field.name, field.default, "see cola_jax.likelihood.Settings")
+    for field in dataclasses.fields(Settings)
+}
+
+
+def read(path: str | None, form: requests.Format) -> tuple[list[requests.Request], str]:
+    """The requests of a file, and its hash."""
+    if not path:
+        raise UserError("--input is missing: allowed is a file of JSON lines")
+    try:
+        content = Path(path).read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input = {path}: allowed is a UTF-8 file ({error})") from error
+    if not lines:
+        raise UserError(f"--input = {path}: empty; allowed is at least one line, {requests.FORMS}")
+    found = [form.request(i, line, f"{path} line {i + 1}") for i, line in enumerate(lines)]
+    return found, hashlib.sha256(content).hexdigest()
+
+
+def main() -> None:
+    settings = Settings(**{name: flag.value for name, flag in _SETTINGS.items()})
+    settings.validate()
+    if not _OUTPUT.value:
+        raise UserError("--output is missing: allowed is a file for the results")
+    run = trained.load(_CHECKPOINT.value)
+    estimators.check_model(run.model, run.params)
+    context = run.config.data.sequence_length
+    form = requests.Format(run.tokenizer, context, run.config.data.align, run.config.vae.patch_size, _END_OF_TEXT.value)
+    asked, digest = read(_INPUT.value, form)
+    mesh = sharding.make_mesh(TrainConfig(**{f"mesh_{name}": flag.value for name, flag in _MESH.items()}))
+    abstract = jax.eval_shape(run.model.init, jax.random.key(0), jnp.zeros((1, context), jnp.int32))
+    params = jax.device_put(run.params, sharding.shardings(abstract, mesh))
+    checkpoint = f"{Path(_CHECKPOINT.value).absolute()} step {run.step}"
+    identity = {"input": digest, "checkpoint": checkpoint, "seed": _SEED.value, "end_of_text": _END_OF_TEXT.value}
+    identity |= {name: value for name, value in dataclasses.asdict(settings).items() if name != "rows"}
+    output, key = Path(_OUTPUT.value), rng.key(_SEED.value, "likelihood")
+    done = score_file.resume(output, identity)
+    scorer = requests.Scorer(run.model, params, settings, key, context, _BATCH_SIZE.value, mesh)
+    failed = []
+    with tqdm(unit="sample", dynamic_ncols=True) as bar:
+
+        def report(now, total):
+            bar.total = total
+            bar.update(now - bar.n)
+
+        for results in scorer.score(asked[done:], report):
+            score_file.append(output, results)
+            failed += [result["index"] for result in results if "error" in result]
+    print(f"{output}: {len(asked)} lines, {done} of them were there; not scored: {failed or 'none'}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, huge_pages=True)

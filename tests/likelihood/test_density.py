@@ -1,0 +1,146 @@
+"""Closed forms: linear velocity fields of Gaussians, where density, order and the estimator's variance are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cola_jax.likelihood import Settings, density
+from tests.likelihood import gaussian
+from tests.models.tiny_models import jit
+
+MEAN = np.array([0.5, -1.0, 0.2, 0.8, -0.3, 0.0])
+COVARIANCE = gaussian.covariance(6)
+Z = np.random.default_rng(1).multivariate_normal(MEAN, COVARIANCE, 8).reshape(8, 3, 2)
+EXACT = np.array([gaussian.log_prob(z, MEAN, COVARIANCE) for z in Z])
+WHOLE = jnp.ones(3, bool)
+FINE = Settings(rtol=1e-9, atol=1e-9, divergence="exact", dtype="float64")
+
+
+def score(z, settings, probes=None):
+    """log p of [S, 3, 2] under the Gaussian's flow, and the flow's end."""
+    field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE))
+    flow = jax.vmap(lambda x, e: density.transport(field, x, settings, probes=e), (0, None if probes is None else 0))
+    out = jit(flow)(z, probes)
+    return jax.vmap(density.normal_log_prob, (0, None))(out.end, WHOLE) + out.change, out
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
+def test_log_density_of_a_gaussian(solver):
+    with jax.enable_x64(True):
+        found, flow = score(jnp.asarray(Z), dataclasses.replace(FINE, solver=solver))
+        assert np.all(flow.ok)
+        np.testing.assert_allclose(found, EXACT, atol=1e-5)
+
+
+def test_log_density_in_float32():
+    found, flow = score(jnp.asarray(Z, jnp.float32), Settings(rtol=1e-6, atol=1e-6, divergence="exact"))
+    assert found.dtype == jnp.float32 and np.all(flow.ok)
+    np.testing.assert_allclose(found, EXACT, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "steps", "power"),
+    [
+        ("euler", 1, 64, 1.0),
+        ("heun", 2, 64, 1.0),
+        ("midpoint", 2, 64, 1.0),
+        ("heun", 2, 64, 2.0),
+        ("dopri5", 5, 16, 1.0),
+    ],
+)
+def test_order_in_the_step_size(solver, order, steps, power):
+    with jax.enable_x64(True):
+        settings = Settings(solver=solver, power=power, divergence="exact", dtype="float64")
+        both = [dataclasses.replace(settings, steps=n) for n in (steps, 2 * steps)]
+        coarse, fine = (np.abs(score(jnp.asarray(Z), s)[0] - EXACT).mean() for s in both)
+    assert abs(np.log2(coarse / fine) - order) < 0.35, (coarse, fine)
+
+
+def test_fixed_steps_are_finer_near_the_data():
+    settings = Settings(steps=4, power=2.0)
+    np.testing.assert_allclose(density.time_grid(settings, 0.0, 1.0), [0, 1 / 16, 1 / 4, 9 / 16, 1])
+    np.testing.assert_allclose(density.time_grid(settings, 1.0, 0.0), [1, 9 / 16, 1 / 4, 1 / 16, 0])
+
+
+def test_forward_then_backward_returns_the_latent():
+    with jax.enable_x64(True):
+        field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE))
+
+        def there_and_back(z):
+            there = density.transport(field, z, FINE)
+            return there, density.transport(field, there.end, FINE, start=1.0, stop=0.0)
+
+        there, back = jit(jax.vmap(there_and_back))(jnp.asarray(Z))
+        assert np.abs(there.end - Z).max() > 0.1 and np.abs(there.change).max() > 0.1
+        np.testing.assert_allclose(back.end, Z, atol=1e-7)
+        np.testing.assert_allclose(back.change, -there.change, atol=1e-7)
+
+
+def _mean_gain() -> np.ndarray:
+    """``int_0^1 A(t) dt`` for the field ``A(t) (z - ...) - mean``: in a linear field the estimate is e'Ae with it."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    times = (nodes + 1) / 2
+    gains = []
+    for t in times:
+        spread = (1 - t) ** 2 * COVARIANCE + t**2 * np.eye(6)
+        gains.append((t * np.eye(6) - (1 - t) * COVARIANCE) @ np.linalg.inv(spread))
+    return np.einsum("t,tij->ij", weights / 2, np.array(gains))
+
+
+@pytest.mark.parametrize(("probe", "probes"), [("rademacher", 1), ("gaussian", 1), ("gaussian", 3)])
+def test_hutchinson_is_unbiased_with_the_predicted_variance(probe, probes):
+    """Var e'Ae is 2 |A|^2 for Gaussian e, and 2 (|A|^2 - sum a_ii^2) for Rademacher e (A symmetric)."""
+    count = 4000
+    gain = _mean_gain()
+    settings = Settings(solver="dopri5", steps=12, probe=probe, probes=probes)
+    keys = jax.random.split(jax.random.key(3), count)
+    drawn = jax.vmap(lambda k: density.draw_probes(k, settings, (3, 2)))(keys)
+    found = np.asarray(score(jnp.broadcast_to(jnp.asarray(Z[0], jnp.float32), (count, 3, 2)), settings, drawn)[0])
+    squares = np.square(gain).sum() - (np.square(np.diag(gain)).sum() if probe == "rademacher" else 0)
+    variance = 2 * squares / probes
+    assert abs(found.mean() - EXACT[0]) < 4 * np.sqrt(variance / count)
+    assert abs(found.var() / variance - 1) < 0.15
+
+
+def test_fixed_positions_do_not_move_and_have_no_density():
+    """The free positions of a diagonal Gaussian have their own marginal."""
+    variance = np.array([0.2, 0.5, 1.5, 0.1, 0.3, 2.0])
+    field = gaussian.velocity(jnp.asarray(MEAN), jnp.diag(jnp.asarray(variance)))
+    free = jnp.array([True, False, True])
+    settings = Settings(rtol=1e-6, atol=1e-6)
+    z = jnp.asarray(Z[0], jnp.float32)
+    probes = density.draw_probes(jax.random.key(0), settings, (3, 2))  # exact where the Jacobian is diagonal
+    flow = jit(lambda z, e: density.transport(field, z, settings, free=free, probes=e))(z, probes)
+    kept = [0, 1, 4, 5]
+    expected = gaussian.log_prob(Z[0].reshape(-1)[kept], MEAN[kept], np.diag(variance[kept]))
+    np.testing.assert_array_equal(flow.end[1], z[1])
+    assert float(density.normal_log_prob(flow.end, free) + flow.change) == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_sample_has_its_own_steps_and_failures():
+    """A stiff sample fails alone; the others are what they are by themselves."""
+    settings = Settings(rtol=1e-4, atol=1e-4, divergence="exact", max_steps=40)
+
+    def solve(z, rate):
+        return density.transport(lambda x, t: -rate * (x - jnp.cos(rate * t)), z, settings)
+
+    z = jnp.ones((4, 1, 2))
+    rates = [0.1, 5.0, 3000.0, 2.0]
+    together = jit(jax.vmap(solve))(z, jnp.array(rates))
+    np.testing.assert_array_equal(together.ok, [True, True, False, True])
+    assert len(set(together.steps.tolist())) > 2
+    one = jit(solve)
+    for index in (0, 1, 3):
+        alone = one(z[index], rates[index])
+        assert alone.steps == together.steps[index]
+        np.testing.assert_allclose(alone.end, together.end[index], rtol=1e-5)
+        assert float(together.change[index]) == pytest.approx(-2 * rates[index], rel=1e-4)
+
+
+def test_a_velocity_that_is_not_finite_is_no_success():
+    settings = Settings(solver="heun", steps=4, divergence="exact")
+    flow = jit(lambda z: density.transport(lambda x, t: x / (t - t), z, settings))(jnp.ones((1, 2)))
+    assert not flow.ok

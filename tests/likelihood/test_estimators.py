@@ -1,0 +1,229 @@
+"""ELBO and IWAE against an enumerable model; invariances; bad input."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cola_jax import likelihood, sharding
+from cola_jax.config import TrainConfig
+from cola_jax.likelihood import Settings, estimators, weights
+from cola_jax.types import UserError
+from tests.likelihood import toy
+from tests.models import tiny_models
+
+KEY = jax.random.key(7)
+COARSE = Settings(solver="heun", steps=24, divergence="exact", rows=4096)
+TINY = Settings(samples=4, solver="heun", steps=3)
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    return likelihood.log_likelihood(
+        toy.create(), toy.PARAMS, toy.texts(), dataclasses.replace(COARSE, samples=2000), KEY
+    )
+
+
+def test_texts_of_the_toy_model_sum_to_one():
+    assert np.exp(toy.log_prob()).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_elbo_and_iwae_approach_the_enumerated_likelihood_from_below(enumerated):
+    exact = toy.log_prob()
+    curve = likelihood.iwae_curve(enumerated.log_weights, (1, 5, 50, 2000))
+    gaps = exact.mean() - curve.mean(axis=0)
+    assert np.all(np.diff(gaps) < 0) and gaps[0] > 0.05  # nearer with every K
+    assert np.all(enumerated.elbo < exact)
+    assert np.all(np.abs(enumerated.iwae - exact) < 4 * enumerated.iwae_error + 1e-3)
+    np.testing.assert_allclose(curve[:, 0], enumerated.elbo, rtol=1e-12)
+    np.testing.assert_allclose(curve[:, -1], enumerated.iwae, rtol=1e-12)
+
+
+def test_elbo_is_at_most_iwae(enumerated):
+    assert np.all(enumerated.elbo <= enumerated.iwae)
+
+
+def test_with_the_exact_posterior_every_weight_is_the_likelihood():
+    """Also that both densities are of the same, normalised latents: the toy's scale is 2."""
+    settings = dataclasses.replace(COARSE, samples=5, solver="dopri5", steps=0, rtol=1e-6, atol=1e-6)
+    found = likelihood.log_likelihood(toy.create(False), toy.PARAMS, toy.texts(), settings, KEY)
+    exact = toy.log_prob(False)
+    np.testing.assert_allclose(found.log_weights, np.repeat(exact[:, None], 5, axis=1), atol=1e-4)
+    np.testing.assert_allclose(found.iwae, exact, atol=1e-4)
+
+
+def test_errors_are_those_of_repeated_estimates():
+    """Over 40 keys, the spread of both estimates is what one of them reports."""
+    settings = dataclasses.replace(COARSE, samples=60, steps=8)
+    model, text = toy.create(), toy.texts()
+    found = [likelihood.log_likelihood(model, toy.PARAMS, text, settings, jax.random.key(i)) for i in range(40)]
+    for name in ("elbo", "iwae"):
+        spread = np.std([getattr(f, name) for f in found], axis=0, ddof=1)
+        reported = np.mean([getattr(f, f"{name}_error") for f in found], axis=0)
+        assert np.mean(reported / spread) == pytest.approx(1, abs=0.2)
+
+
+def test_terms_add_up_and_stay_apart(enumerated):
+    blocks = enumerated.blocks
+    np.testing.assert_allclose(blocks.elbo.sum(axis=1), enumerated.elbo, rtol=1e-5)
+    np.testing.assert_allclose(
+        enumerated.reconstruction + enumerated.prior - enumerated.posterior, enumerated.elbo, rtol=1e-5
+    )
+    assert blocks.prior.shape == (9, 2) and np.all(enumerated.tokens == 2) and not enumerated.failed.any()
+
+
+def test_response_score_is_the_conditional_of_the_model():
+    """Given token and latent of the first block, the second is a one-dimensional model of its own (10.21-10.22)."""
+    model, settings = toy.create(), dataclasses.replace(COARSE, samples=2000)
+    text = toy.texts()
+    found = likelihood.log_likelihood(model, toy.PARAMS, text, settings, KEY, prefix=np.ones(9, int))
+    first = (np.array([0.9, -0.9, 0.1])[text[:, 0]]) / 2  # the posterior mean, normalised
+    grid, step = np.linspace(-9, 9, 4001, retstep=True)
+    logits = toy.LOGITS[:, :1] * grid + toy.LOGITS[:, 1:]
+    tokens = np.exp(logits - np.logaddexp.reduce(logits, axis=0))
+    prior = np.exp(-0.5 * ((grid - toy.SLOPE * first[:, None]) / toy.SPREAD) ** 2)
+    prior /= prior.sum(axis=1, keepdims=True) * step
+    expected = np.log((prior * tokens[text[:, 1]]).sum(axis=1) * step)
+    assert np.all(np.abs(found.iwae - expected) < 4 * found.iwae_error + 1e-3)
+    assert np.all(found.blocks.elbo[:, 0] == 0) and np.all(found.tokens == 1)
+
+
+def test_plug_in_is_the_difference_of_two_estimates():
+    model, settings = toy.create(), dataclasses.replace(COARSE, samples=2000)
+    text = toy.texts()
+    found = likelihood.conditional(model, toy.PARAMS, text[:, :1].tolist(), text[:, 1:].tolist(), settings, KEY)
+    exact = toy.log_prob().reshape(3, 3)
+    expected = (exact - np.logaddexp.reduce(exact, axis=1, keepdims=True)).reshape(-1)
+    assert np.all(np.abs(found.iwae - expected) < 4 * found.iwae_error + 1e-3)
+    # Draws of the prefix are shared, so that its noise cancels from the difference.
+    for name in ("prior", "posterior", "reconstruction"):
+        joint, prefix = (getattr(part.blocks, name)[:, 0] for part in (found.joint, found.prefix))
+        np.testing.assert_allclose(joint, prefix, rtol=1e-5)
+
+
+def test_an_empty_prefix_has_probability_one():
+    model, settings = toy.create(), dataclasses.replace(COARSE, samples=8)
+    found = likelihood.conditional(model, toy.PARAMS, [[], [1]], [[0, 1], [2]], settings, KEY)
+    whole = likelihood.log_likelihood(model, toy.PARAMS, [[0, 1], [1, 2]], settings, KEY)
+    np.testing.assert_allclose(found.iwae[0], whole.iwae[0], rtol=1e-6)
+    assert found.iwae[1] != pytest.approx(whole.iwae[1])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_models.create(vae={"scale": 1.5, "shift": 0.2})
+
+
+@pytest.fixture(scope="module")
+def batch():
+    lengths = (12, 5, 9)
+    return likelihood.stack([tiny_models.tokens(n, seed=n).tolist() for n in lengths])
+
+
+def run(tiny, batch, settings=TINY, **options):
+    tokens, segments = batch
+    return tiny_models.quickly(likelihood.log_likelihood, *tiny, tokens, settings, KEY, segment_ids=segments, **options)
+
+
+@pytest.fixture(scope="module")
+def scored(tiny, batch):
+    return run(tiny, batch)
+
+
+def test_an_example_does_not_depend_on_its_batch(tiny, batch, scored):
+    """Nor on the width of its row, on the samples computed at a time, or on K beyond its first samples."""
+    tokens, segments = batch
+    alone = run(tiny, (tokens[1:2, :5], segments[1:2, :5]), ids=[1])
+    np.testing.assert_allclose(alone.log_weights[0], scored.log_weights[1], rtol=1e-5)
+    few = run(tiny, batch, dataclasses.replace(TINY, samples=3, rows=6))
+    np.testing.assert_allclose(few.log_weights, scored.log_weights[:, :3], rtol=1e-5)
+    np.testing.assert_allclose(few.blocks.prior.sum(axis=1), few.prior, rtol=1e-6)
+
+
+def test_a_mesh_changes_nothing(tiny, batch, scored):
+    mesh = sharding.make_mesh(TrainConfig(mesh_data=2), jax.devices())
+    model, params = tiny
+    on_mesh = jax.device_put(params, sharding.replicated(mesh))
+    found = run((model, on_mesh), batch, mesh=mesh)  # three rows on two devices
+    np.testing.assert_allclose(found.log_weights, scored.log_weights, rtol=1e-4)
+    np.testing.assert_allclose(found.blocks.posterior, scored.blocks.posterior, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_differ_and_share_one_program(tiny, batch, scored):
+    assert len(np.unique(scored.log_weights)) == scored.log_weights.size
+    before = weights.terms._cache_size()
+    run(tiny, batch, dataclasses.replace(TINY, rows=2))  # one sample at a time, four of them
+    assert weights.terms._cache_size() <= before + 1
+
+
+def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
+    settings = dataclasses.replace(TINY, samples=2, steps=0, rtol=1e-3, atol=1e-3, max_steps=1000)
+    steps = run(tiny, batch, settings)
+    assert not steps.failed.any()
+    terms = [np.zeros((3, 2)), np.array([[True, True], [True, False], [True, True]]), np.ones((3, 2))]
+    blocks = estimators.Blocks(*[np.ones((3, 2))] * 3)
+    found = estimators._likelihood(*terms, blocks, np.ones(3))
+    np.testing.assert_array_equal(np.isnan(found.elbo), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(found.iwae), [False, True, False])
+    np.testing.assert_array_equal(found.failed, [0, 1, 0])
+    hopeless = run(tiny, batch, dataclasses.replace(settings, max_steps=1))
+    assert np.all(hopeless.failed == 2) and np.all(np.isnan(hopeless.elbo))
+
+
+def test_report_counts_samples(tiny, batch):
+    seen = []
+    run(tiny, batch, dataclasses.replace(TINY, rows=6), report=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 4), (4, 4)]
+
+
+def test_rates():
+    assert likelihood.perplexity(-2 * np.log(7), 2) == pytest.approx(7)
+    assert likelihood.bits_per_byte(-16 * np.log(2), 4) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 0}, "likelihood samples = 0: allowed is at least 1"),
+        ({"solver": "rk9"}, "likelihood solver = 'rk9': allowed is one of euler, heun"),
+        ({"solver": "euler", "steps": 0}, "likelihood steps = 0"),
+        ({"rtol": 0.0, "steps": 0}, "likelihood rtol = 0.0"),
+        ({"divergence": "none"}, "likelihood divergence = 'none'"),
+        ({"probes": 0}, "likelihood probes = 0"),
+        ({"dtype": "float64"}, "JAX_ENABLE_X64"),
+        ({"prefix": "none"}, "likelihood prefix = 'none'"),
+    ],
+)
+def test_settings_refuse(change, words):
+    with pytest.raises(UserError, match="likelihood") as error:
+        dataclasses.replace(TINY, **change).validate()
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segments", "prefix", "words"),
+    [
+        ([[1, 2, 99]], None, None, "example 0: a token id is outside the vocabulary, allowed is 0 to 30"),
+        ([[1, 2, -1]], None, None, "example 0: a token id is outside"),
+        ([[1, 2], [1, 2]], [[1, 1], [1, 2]], None, "example 1: segment_ids"),
+        ([[1, 2], [1, 2]], [[1, 1], [0, 0]], None, "example 1: no token"),
+        ([[1, 2]], None, [2], "example 0: 2 tokens, of which the prefix has 2"),
+        ([1, 2], None, None, "allowed are two equal shapes"),
+    ],
+)
+def test_rows_refuse(tiny, tokens, segments, prefix, words):
+    with pytest.raises(UserError) as error:
+        likelihood.log_likelihood(*tiny, tokens, TINY, KEY, segments, prefix)
+    assert words in str(error.value)
+
+
+def test_models_without_a_density_are_refused(tiny):
+    model, params = tiny
+    with pytest.raises(UserError, match="no prior"):
+        likelihood.log_likelihood(model, {"params": {"vae": params["params"]["vae"]}}, [[1]], TINY, KEY)
+    plain, its_params = tiny_models.create(vae={"variational": False})
+    with pytest.raises(UserError, match="config.vae.variational = False"):
+        likelihood.log_likelihood(plain, its_params, [[1]], TINY, KEY)
+    with pytest.raises(UserError, match="example 1: the response is empty"):
+        likelihood.conditional(model, params, [[1], [2]], [[1], []], TINY, KEY)

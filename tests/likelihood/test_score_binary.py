@@ -1,0 +1,158 @@
+"""launch/score.py and the notebook as a user runs them, on the real model and data at a tiny size."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.system.test_binaries import call, start, train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TEXT = "Mia was a girl."  # few tokens, even where the tiny vocabulary does not have its words
+LINES = [
+    *({"text": TEXT, "id": i} for i in range(20)),
+    {"prefix": "Mia was", "response": " a girl."},
+    {"prefix": "Mia was", "candidates": [" a girl.", " a boy."]},
+]
+SETTINGS = ("--samples=2", "--solver=heun", "--steps=2", "--batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    train(cache, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    file = tmp_path_factory.mktemp("asked") / "in.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(run, cache, asked, tmp_path_factory):
+    file = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    call(cache, "score.py", f"--checkpoint={run}", f"--input={asked}", f"--output={file}", *SETTINGS)
+    return file
+
+
+def test_scores_every_line(whole):
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(len(LINES)))
+    assert all(row["elbo"] <= row["iwae"] for row in rows[:20])
+    assert len({row["elbo"] for row in rows[:20]}) == 20  # each line has its own draws
+    assert rows[20]["plug_in_score"]["elbo"] < 0 and set(rows[21]["best"]) == {"plug_in", "response"}
+
+
+def test_a_killed_run_continues_without_double_or_torn_lines(run, cache, asked, whole, tmp_path):
+    file = tmp_path / "out.jsonl"
+    arguments = (f"--checkpoint={run}", f"--input={asked}", f"--output={file}", *SETTINGS)
+    for lines in (1, 9):
+        process = start(cache, "score.py", *arguments)
+        while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < lines):
+            time.sleep(0.001)
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        process.communicate()
+    with open(file, "ab") as torn:
+        torn.write(b'{"index": 99')
+    call(cache, "score.py", *arguments)
+    assert file.read_bytes() == whole.read_bytes()
+    assert "seed = 0, not 1" in call(cache, "score.py", *arguments, "--seed=1", status=2)
+    assert file.read_bytes() == whole.read_bytes()
+
+
+def test_a_mesh_gives_the_same(run, cache, asked, whole, tmp_path):
+    file = tmp_path / "out.jsonl"
+    mesh = ("--mesh_data=2", "--mesh_tensor=2", "--batch_size=6")
+    call(cache, "score.py", f"--checkpoint={run}", f"--input={asked}", f"--output={file}", *SETTINGS, *mesh, devices=4)
+    for one, other in zip(whole.read_text().splitlines(), file.read_text().splitlines(), strict=True):
+        one, other = json.loads(one), json.loads(other)
+        if "text" in one:
+            assert other["elbo"] == pytest.approx(one["elbo"], rel=1e-3)
+
+
+def test_tolerances_that_cannot_be_met(run, cache, asked, tmp_path):
+    file = tmp_path / "out.jsonl"
+    settings = ("--samples=1", "--rtol=1e-7", "--atol=1e-7", "--max_steps=3", "--batch_size=8")
+    said = call(cache, "score.py", f"--checkpoint={run}", f"--input={asked}", f"--output={file}", *settings)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == len(LINES) and all("the ODE was not solved" in row["error"] for row in rows)
+    assert "not scored: [0, 1, 2," in said
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "words"),
+    [
+        ({"text": "word " * 80}, (), "in.jsonl line 1: text makes"),
+        ({"prefix": TEXT, "response": ""}, (), "in.jsonl line 1: response is empty"),
+        ({"text": TEXT}, ("--samples=0",), "likelihood samples = 0: allowed is at least 1"),
+        ({"text": TEXT}, ("--dtype=float64",), "JAX_ENABLE_X64=1"),
+        ({"text": TEXT}, ("--mesh_data=3",), "mesh"),
+        ({"other": TEXT}, (), "in.jsonl line 1: fields ['other']"),
+    ],
+)
+def test_refuses(run, cache, tmp_path, line, flags, words):
+    asked = tmp_path / "in.jsonl"
+    asked.write_text(json.dumps(line) + "\n")
+    arguments = (f"--checkpoint={run}", f"--input={asked}", f"--output={tmp_path / 'out'}", *flags)
+    assert words in call(cache, "score.py", *arguments, status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_missing_files(run, cache, asked, tmp_path):
+    checkpoint, output = f"--checkpoint={run}", f"--output={tmp_path / 'out'}"
+    assert "--input is missing" in call(cache, "score.py", checkpoint, output, status=2)
+    assert "--output is missing" in call(cache, "score.py", checkpoint, f"--input={asked}", status=2)
+    assert "none.jsonl" in call(cache, "score.py", checkpoint, output, "--input=none.jsonl", status=2)
+    # A run that has only been through stage 1.
+    only = tmp_path / "only"
+    only.mkdir()
+    for name in ("stage1", "tokenizer.model", "config.json"):
+        (only / name).symlink_to(run / name)
+    said = call(cache, "score.py", f"--checkpoint={only}", f"--input={asked}", output, status=2)
+    assert "no checkpoint here" in said and "stage2" in said
+
+
+def test_measures(run, cache, tmp_path):
+    arguments = (f"--checkpoint={run}", "--solver=heun", "--steps=2", "--count=3")
+    gap = call(cache, "likelihood.py", *arguments, "--samples=1,2", f"--json={tmp_path / 'gap.json'}")
+    values = json.loads((tmp_path / "gap.json").read_text())
+    assert "ETA" in gap and values["-IWAE 2"]["mean"] <= values["-ELBO"]["mean"]
+    parts = sum(values[name]["mean"] for name in ("reconstruction", "rate", "mismatch"))
+    assert parts == pytest.approx(values["-ELBO"]["mean"], rel=1e-6)
+    assert "plug-in ELBO" in call(cache, "likelihood.py", *arguments, "--part=ranking", "--samples=1")
+    assert "64 rademacher" in call(cache, "likelihood.py", *arguments, "--part=probes")
+
+
+def test_notebook(run, monkeypatch):
+    """Every code cell of colabs/likelihood.ipynb, with two tiny runs."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    cells = json.loads((ROOT / "colabs" / "likelihood.ipynb").read_text())["cells"]
+    scope = {}
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        exec(compile(source, cell["id"], "exec"), scope)
+        if "RUNS" in source and "runs" not in scope:
+            small = {
+                "RUNS": {"learnable": str(run), "1.0": str(run)},
+                "STORIES": 2,
+                "SAMPLES": 2,
+                "CLOUD": 4,
+                "GRID": 3,
+            }
+            small["SETTINGS"] = scope["Settings"](samples=2, solver="heun", steps=2)
+            scope |= small | {"REFERENCE": 1e-3}
+    assert len(scope["rows"]) == 3 and os.environ["MPLBACKEND"] == "Agg"
