@@ -41,9 +41,9 @@ class Toy(ColaDLM):
     def history(self, latents, segment_ids):
         return (latents[None, :, :, None], latents[None, :, :, None])
 
-    def extend(self, z, times, positions, cache, cache_mask, pinned=None, drop_history=None, visible=None):
+    def extend(self, z, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None):
         before = jnp.sum(jnp.where(cache_mask[..., None], cache[0][0, :, :, 0], 0.0), axis=1, keepdims=True)
-        mean, t = SLOPE * self.informative * before, times[..., None]
+        mean, t = SLOPE * self.informative * before, jnp.reshape(time, (-1, 1, 1))
         spread = (1 - t) ** 2 * SPREAD**2 + t**2
         return (t - (1 - t) * SPREAD**2) / spread * (z - (1 - t) * mean) - mean, None
 
