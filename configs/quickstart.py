@@ -32,7 +32,7 @@ it. Held out after stage 2; reconstruction 100.0 % in all. A flow loss compares 
     lambda_fm 0.3        3.23      0.389       0.75                  1.4   90.7 %   25.4 % [20.5, 31.1]
     lambda_fm 3          4.84      0.275       0.76                 16.5   90.0 %   15.2 % [11.4, 20.2]
     lambda_ref 0         6.73      0.010       0.77    (not constrained)    3.6 %    0.0 % [ 0.0,  1.5]
-    lambda_ref 0.1  REF1
+    lambda_ref 0.1       2.79      0.433       0.83                 0.34   90.9 %   25.8 % [20.8, 31.5]
     gradient off         2.21      0.527       0.75                 0.34   86.6 %   16.4 % [12.4, 21.4]
 
 One seed each. Without the reference term the encoder lets the flow loss vanish (0.010) and with it what the prior can
