@@ -1,5 +1,6 @@
 """The binaries as a user runs them, on the real model and data at a tiny size."""
 
+import functools
 import json
 import os
 import random
@@ -118,6 +119,50 @@ def test_evaluate(run, cache, tmp_path):
     assert len(call(cache, "evaluate.py", *arguments).splitlines()) == 2
     assert [row["guidance_scale"] for row in json.loads(file.read_text())] == [1.0, 3.0]
     assert "--steps = x" in call(cache, "evaluate.py", f"--checkpoint={run[0]}", "--steps=x", status=2)
+
+
+def test_evaluate_conditioning_and_gaps(run, cache):
+    arguments = (f"--checkpoint={run[0]}", "--count=4")
+    ways = "--conditioning=clean,repaint:2:0.5,left_pad,right_pad"
+    assert len(call(cache, "evaluate.py", *arguments, "--prompt_tokens=5", ways).splitlines()) == 4
+    assert "in gaps of 3 tokens" in call(cache, "evaluate.py", *arguments, "--gap=3")
+    assert "repaint:R:M" in call(cache, "evaluate.py", *arguments, "--conditioning=repaint:x", status=2)
+    assert "--gap: not allowed" in call(cache, "evaluate.py", *arguments, "--gap=3", "--prompted", status=2)
+
+
+def test_sample_fills_and_rewrites(run, cache):
+    sample = functools.partial(call, cache, "sample.py", f"--checkpoint={run[0]}")
+    out = sample("--mode=infill", "Mia was a[[3]] village.")
+    assert out.startswith("Mia was a") and out.endswith(" village.\n")
+    row = json.loads(sample("--mode=infill", "Mia was a[[3]] village.", "--json"))
+    assert len(row["tokens"]) == 3 and out == "Mia was a" + row["text"] + " village.\n"
+    out = sample("--mode=edit", "--strength=0.001", "Mia was[[ a girl]] from the village.")
+    assert out.startswith("Mia was") and out.endswith(" from the village.\n")
+    whole = sample("Mia was a girl from the village.", "--max_new_tokens=9")
+    assert sample("Mia was a girl from the village.", "--max_new_tokens=9", "--stream") == whole
+    assert "text with one [[N]]" in sample("--mode=infill", "Mia", status=2)
+    assert "strength = 2.0" in sample("--mode=edit", "--strength=2", "[[Mia]]", status=2)
+
+
+def test_the_notebook_on_sampling(run, monkeypatch):
+    """Every code cell of colabs/sampling.ipynb, with a tiny run."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    scope, small = {}, {"RUN": str(run[0]), "COUNT": 2, "STEPS": (1, 2), "GUIDANCE": (1.0, 3.0), "PROMPT_TOKENS": 5}
+    cells = json.loads((ROOT / "colabs" / "sampling.ipynb").read_text())["cells"]
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        exec("".join(cell["source"]), scope)
+        scope |= small if "COUNT" in "".join(cell["source"]) and "run" not in scope else {}
+    assert scope["grid"].shape == (2, 2) and len(scope["shares"]) == 9
+
+
+def test_benchmark(cache, tmp_path):
+    file, sizes = tmp_path / "rows.json", ["--config.vae.vocab_size=300", "--config.data.sequence_length=56"]
+    arguments = ("--config=tests/system/tiny.py", *sizes, "--batch=1,2", "--prompt=9", "--repeats=1", f"--json={file}")
+    assert len(call(cache, "benchmark.py", *arguments).splitlines()) == 4
+    rows = json.loads(file.read_text())
+    assert [(row["what"], row["batch"]) for row in rows] == [(w, b) for w in ("generation", "training") for b in (1, 2)]
+    assert "--dtype = 'x'" in call(cache, "benchmark.py", *arguments, "--dtype=x", status=2)
+    assert "--batch = x" in call(cache, "benchmark.py", *arguments[:1], *sizes, "--batch=x", status=2)
 
 
 @pytest.mark.parametrize(
