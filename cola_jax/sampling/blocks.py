@@ -262,11 +262,11 @@ def _transport(plan: Plan, weights: Weights, block: _Block, z, cache, estimates:
     if settings.solver not in solve.STEPPERS:
         prior.commit()
         low, high = settings.guidance_interval
-        needs = any(guided)
+        needs = settings.guidance_scale != 1.0
 
         def velocity(z, t):
             v = prior.velocity(z, t, needs)
-            if not needs or all(guided):
+            if not needs or (low, high) == (0.0, 1.0):
                 return v
             return jnp.where((low <= t) & (t <= high), v, prior.velocity(z, t, False))
 
@@ -276,10 +276,10 @@ def _transport(plan: Plan, weights: Weights, block: _Block, z, cache, estimates:
 
     def one(z, index, alone: bool, v=None):
         """(latents after the step, estimate of the data before it)."""
-        field = lambda z, i: prior.velocity(z, i, alone)  # noqa: E731
-        v = field(z, index) if v is None else v
-        later = solve.step(settings.solver, lambda z, _: field(z, index + 1), z, times[index], times[index + 1], v)
-        return later, (z - times[index] * v if estimates else None)
+        v = prior.velocity(z, index, alone) if v is None else v
+        now, later = times[index], times[index + 1]
+        z_later = solve.step(settings.solver, lambda z, _: prior.velocity(z, index + 1, alone), z, now, later, v)
+        return z_later, (path.to_data(z, v, now) if estimates else None)
 
     v = prior.commit(z, guided[0])
     z, first = one(z, jnp.int32(0), guided[0], v)
@@ -297,8 +297,13 @@ def _repaint(plan: Plan, weights: Weights, block: _Block, z, cache):
     prior.commit()
     early = round(settings.repaint_fraction * settings.steps)
     turns = [(i, cycle) for i in range(settings.steps) for cycle in range(settings.repaint_cycles if i < early else 1)]
-    needs = any(plan.guided)
-    times, known = prior.times, block.known[..., None]
+    times, known, guided = prior.times, block.known[..., None], jnp.array(plan.guided)
+
+    def velocity(z, index, step):
+        v = prior.velocity(z, index, any(plan.guided))
+        if len(set(plan.guided)) == 1:
+            return v
+        return jnp.where(guided[step], v, prior.velocity(z, index, False))
 
     def turn(z, values):
         index, cycle, count = values
@@ -306,9 +311,8 @@ def _repaint(plan: Plan, weights: Weights, block: _Block, z, cache):
         keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, count)))(block.keys)
         noised = _noised(block.data, _normal(keys[:, 0], z.shape[1:]), now)
         z = jnp.where(known & (index < early), noised, z)
-        field = lambda z, t: prior.velocity(z, t, needs)  # noqa: E731
-        v = field(z, index)
-        z = solve.step(settings.solver, lambda z, _: field(z, index + 1), z, now, later, v)
+        v = velocity(z, index, index)
+        z = solve.step(settings.solver, lambda z, _: velocity(z, index + 1, index), z, now, later, v)
         # Back to the time before: z_t given z_s for s < t, of the interpolant.
         keep = (1 - now) / (1 - later)
         spread = jnp.sqrt(jnp.maximum(now**2 - (keep * later) ** 2, 0.0))
@@ -365,7 +369,10 @@ def advance(plan: Plan, weights: Weights, state: State, noise=None, first: bool 
         ended = jnp.any(new & (tokens == settings.eos_id), axis=1)
     # A sequence that is done stays where it is: its last block is only computed again.
     at = jnp.minimum(state.block, plan.blocks - 1)
-    keep = lambda now, before: jnp.where(state.done.reshape(-1, *[1] * (now.ndim - 1)), before, now)  # noqa: E731
+
+    def keep(now, before):
+        return jnp.where(state.done.reshape(-1, *[1] * (now.ndim - 1)), before, now)
+
     return State(
         layout=state.layout,
         data=state.data,

@@ -41,7 +41,7 @@ WAYS = {
     "shifted": {"time_shift": 3.0},
     "left_pad": {"conditioning": "left_pad"},
     "right_pad": {"conditioning": "right_pad"},
-    "repaint": REPAINT,
+    "repaint": REPAINT | {"guidance_interval": (0.5, 1.0)},
     "repaint, m = 1": REPAINT | {"repaint_fraction": 1.0},
 }
 
