@@ -2,7 +2,17 @@
 
     python launch/benchmark.py --config=configs/benchmark.py --batch=1,8
 
-RESULTS
+Two cores of an AMD EPYC, float32, nothing beside it (prompts of 64 tokens, 64 new ones, 16 Euler steps, guidance 7;
+the training step is one of 512 tokens with a fixed VAE):
+
+    generation, batch 1    52.5 tokens/s     87 of 211 GFLOP/s of matmul (41 %)   compiled in 9.9 s   1.2 GiB
+    generation, batch 8    81.8 tokens/s    136 of 204 GFLOP/s of matmul (67 %)   compiled in 8.3 s   1.5 GiB
+    training,   batch 1   293.9 tokens/s    100 of 212 GFLOP/s of matmul (47 %)   compiled in 12.5 s  2.7 GiB
+
+The released PyTorch code reaches 8.7 and 24.5 tokens/s on such a machine. Generation counts 1.66 GFLOP a token: 33
+passes of a block by the DiT's weights. The rest, at batch 8: products of 256 rows by the weights run at 85 % of the
+rate of 1024 x 1024 matrices, and in a loop of such layers without attention norms, modulations and GELU cost nothing
+that could be measured; attention is most of what is left. At batch 1 products have 32 rows: 60 % of that rate.
 """
 
 from configs import default
