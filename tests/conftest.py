@@ -1,6 +1,8 @@
 """Settings that must hold before jax is imported: 8 virtual CPU devices, types checked, warnings are errors."""
 
+import gc
 import os
+import pathlib
 import warnings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,3 +23,13 @@ def _warnings_are_errors():
         # Third parties' own deprecations; ours stay errors.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_dropped_in_time():
+    """Every compiled program takes some thirty memory maps, of which a Linux process may have 65,530: then it dies."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
