@@ -118,6 +118,9 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
 
     Returns:
       For the plug-in score (3.14) and the block-level score of the response (10.21-10.22): how often it is right.
+
+    Raises:
+      UserError: no story has such a partner.
     """
     stories = Stories(trained.config.data.stories)
     documents = corpora.documents(trained.config.data, "holdout", trained.config.seed)
@@ -133,6 +136,8 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
                 prefixes += [first, first]
                 responses += [true, rest]
                 break
+    if not prefixes:
+        raise UserError(f"--count = {count}: allowed are enough stories for pairs that differ in their global factor")
     align, encode = trained.config.data.align, trained.tokenizer.encode
     prefix_ids = [encode(text) for text in prefixes]
     response_ids = []

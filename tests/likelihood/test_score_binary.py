@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.system.test_binaries import call, start, train
@@ -131,7 +132,8 @@ def test_measures(run, cache, tmp_path):
     assert "ETA" in gap and values["-IWAE 2"]["mean"] <= values["-ELBO"]["mean"]
     parts = sum(values[name]["mean"] for name in ("reconstruction", "rate", "mismatch"))
     assert parts == pytest.approx(values["-ELBO"]["mean"], rel=1e-6)
-    assert "plug-in ELBO" in call(cache, "likelihood.py", *arguments, "--part=ranking", "--samples=1")
+    # So few and short stories have no pairs to rank.
+    assert "--count = 3" in call(cache, "likelihood.py", *arguments, "--part=ranking", "--samples=1", status=2)
     assert "64 rademacher" in call(cache, "likelihood.py", *arguments, "--part=probes")
 
 
@@ -144,7 +146,8 @@ def test_notebook(run, monkeypatch):
         if cell["cell_type"] != "code":
             continue
         source = "".join(cell["source"])
-        exec(compile(source, cell["id"], "exec"), scope)
+        with jax.numpy_rank_promotion("allow"):  # as users have it
+            exec(compile(source, cell["id"], "exec"), scope)
         if "RUNS" in source and "runs" not in scope:
             small = {
                 "RUNS": {"learnable": str(run), "1.0": str(run)},

@@ -149,7 +149,23 @@ def reference(name, prompt, noise, settings, keys=None):
     return new[: settings.max_new_tokens], np.stack(latents)
 
 
-@pytest.mark.parametrize(("name", "way"), [("patch1", "guidance 3"), *(("patch2", way) for way in WAYS)])
+IN_SHORT = ("guidance 3", "early guidance", "heun", "left_pad", "repaint")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(
+            name,
+            way,
+            marks=()
+            if (name, way) in (("patch1", "guidance 3"), *(("patch2", w) for w in IN_SHORT))
+            else pytest.mark.slow,
+        )
+        for name in MODELS
+        for way in WAYS
+    ],
+)
 def test_generation_equals_a_loop_without_caches(name, way):
     settings = settings_of(name, **WAYS[way])
     key = jax.random.key(0)
@@ -277,7 +293,14 @@ def test_output_ends_with_the_noise():
     assert out.tokens.shape == (2, BLOCK) and out.latents.shape == (2, 1, BLOCK, CHANNELS)
 
 
-@pytest.mark.parametrize(("batch_size", "conditioning"), [(1, "clean"), (3, "clean"), (4, "repaint")])
+@pytest.mark.parametrize(
+    ("batch_size", "conditioning"),
+    [
+        (3, "clean"),
+        pytest.param(4, "repaint", marks=pytest.mark.slow),
+        pytest.param(1, "clean", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_prompts(batch_size, conditioning):
     """More prompts than places, sequences that end at different times: as all at once, in order."""
     model, params = create(*MODELS["patch1"])
