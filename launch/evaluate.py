@@ -61,8 +61,6 @@ def main() -> None:
     if run.config.data.corpus != "stories":
         raise UserError(f"config.data.corpus = {run.config.data.corpus!r}: only a model of 'stories' can be scored so")
     base = trained.settings(run.config, run.tokenizer)
-    if _GAP.value:
-        base = dataclasses.replace(base, eos_id=None)  # a gap is filled to its end
     if prompted:
         base = stories.fitted(base, run, _SEED.value, _COUNT.value, _PROMPT_TOKENS.value)
     variants = []

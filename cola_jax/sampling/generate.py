@@ -129,7 +129,7 @@ def infill(
 
     Args:
       texts: either side may be empty.
-      settings: ``max_new_tokens`` is replaced by the length of each gap.
+      settings: ``max_new_tokens`` is replaced by the length of each gap, ``eos_id`` by None.
       model, params, key, noise, sample_ids, mesh: as in `generate`.
 
     Returns:
@@ -152,7 +152,7 @@ def infill(
         for side in (before, after):
             conditioning.check_tokens(model, f"text {index}", side)
     longest = max(length for _, length, _ in texts)
-    settings = dataclasses.replace(settings, max_new_tokens=longest)
+    settings = dataclasses.replace(settings, max_new_tokens=longest, eos_id=None)
     keys = _keys(key, settings, len(texts), sample_ids, noise)
     layout = conditioning.gaps(model, texts, settings)
     return _run(model, params, layout, settings, _block_count(model, settings, longest), keys, noise, mesh)
@@ -173,7 +173,7 @@ def edit(
 
     Args:
       texts: the span is tokens[start:stop].
-      settings: ``max_new_tokens`` is replaced by the length of each span.
+      settings: ``max_new_tokens`` is replaced by the length of each span, ``eos_id`` by None.
       strength: the time to which the span is noised, in (0, 1]; towards 0 the text stays as it is, at 1 nothing
         of the span is left.
       model, params, key, noise, sample_ids, mesh: as in `generate`.
@@ -195,7 +195,9 @@ def edit(
     if not 0 < strength <= 1:
         raise UserError(f"sampling strength = {strength}: allowed is above 0 and at most 1")
     longest = max(stop - start for _, start, stop in texts)
-    settings = dataclasses.replace(settings, conditioning="clean", start_time=strength, max_new_tokens=longest)
+    settings = dataclasses.replace(
+        settings, conditioning="clean", start_time=strength, max_new_tokens=longest, eos_id=None
+    )
     settings.validate()
     keys = _keys(key, settings, len(texts), sample_ids, noise)
     layout = conditioning.spans(model, texts, settings)
