@@ -19,6 +19,7 @@ def test_flops_of_a_new_token():
     assert benchmark.prior_flops(dit, late, 1) == 2 * (1 + 16 + 8) * 8 * 12 * 512**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["generation", "training"])
 def test_a_row(what, monkeypatch):
     monkeypatch.setattr(benchmark, "matmul", lambda dtype, size, repeats: (lambda: 0, 1e6))

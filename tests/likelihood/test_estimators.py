@@ -141,6 +141,7 @@ def test_an_example_does_not_depend_on_its_batch(tiny, batch, scored):
     np.testing.assert_allclose(few.blocks.prior.sum(axis=1), few.prior, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(tiny, batch, scored):
     mesh = sharding.make_mesh(TrainConfig(mesh_data=2), jax.devices())
     model, params = tiny

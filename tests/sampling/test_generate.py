@@ -149,7 +149,7 @@ def reference(name, prompt, noise, settings, keys=None):
     return new[: settings.max_new_tokens], np.stack(latents)
 
 
-IN_SHORT = ("guidance 3", "early guidance", "heun", "left_pad", "repaint")
+IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint")
 
 
 @pytest.mark.parametrize(
