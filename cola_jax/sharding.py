@@ -11,6 +11,7 @@ import logging
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cola_jax.config import TrainConfig
@@ -58,7 +59,25 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     if total > len(devices):
         raise UserError(f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of at most {len(devices)} devices")
     # Auto axes: Linen's logical constraints raise on Explicit ones, the default of jax.make_mesh.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
+    return Mesh(arrange(tuple(sizes), devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes: tuple[int, int, int], devices: list) -> np.ndarray:
+    """Devices as an array of the mesh's sizes, so that the axes that communicate most have the fastest links.
+
+    Where the devices are several TPU slices, or several GPU nodes, the data axis goes over them, or fsdp if data does
+    not divide into them.
+    """
+    by_process = devices[0].platform == "gpu"
+    islands = len({device.process_index if by_process else getattr(device, "slice_index", 0) for device in devices})
+    axis = next((i for i in (0, 1) if sizes[i] % islands == 0), None)
+    if islands == 1 or axis is None:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    across = [islands if i == axis else 1 for i in range(len(sizes))]
+    within = [size // part for size, part in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
 
 
 @functools.cache
@@ -95,7 +114,7 @@ def partition_spec(names, shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+def shardings(boxed: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """NamedShardings for a tree of abstract arrays, with the boxes of `nn.with_logical_partitioning` removed.
 
     Args:
@@ -111,7 +130,7 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 

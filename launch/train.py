@@ -2,9 +2,11 @@
 
     python launch/train.py --config=configs/quickstart.py
 
-The same command goes on with a run that was stopped. Everything is kept in --workdir.
+The same command goes on with a run that was stopped. Everything is kept in --workdir. With --plan=v5e:4x4 (or another
+slice or node) it only compiles the run's steps for such devices and tells memory, FLOPs and tokens per second.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -13,13 +15,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from cola_jax import cli, rng, sampling
+from cola_jax import cli, rng, sampling, sharding
+from cola_jax.config import Config
 from cola_jax.evaluation import stories, trained
-from cola_jax.train import loop
+from cola_jax.models import cola
+from cola_jax.train import loop, plan
+from cola_jax.types import UserError
 
 say = functools.partial(print, flush=True)
 
 _CONFIG = cli.config_flag()
+_PLAN = flags.DEFINE_string("plan", None, "only tell what the run needs there: v5e:4x4, v4:2x2x2, h100:8, ...")
+_MFU = flags.DEFINE_float("plan_mfu", 0.4, "model FLOP utilisation that the plan assumes", 0.0, 1.0)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: runs/<name of the config>")
 
 
@@ -37,8 +44,32 @@ def make_sampler(parts: loop.Parts) -> loop.Sampler:
     return sample
 
 
+def show_plan(config: Config) -> None:
+    """Compiles the step of each stage for described devices; raises UserError if one does not fit."""
+    cluster = plan.parse_cluster(_PLAN.value)
+    vocabulary = config.vae.vocab_size or config.data.vocab_size
+    config = dataclasses.replace(config, vae=cola.with_vocabulary(config.vae, vocabulary))
+    plan.prepare(cluster)
+    devices, compiler = plan.devices(cluster)
+    mesh = sharding.make_mesh(config.train, devices)
+    say(f"{cluster.name}: {cluster.count} devices, mesh {', '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
+    fits = True
+    for stage in (1, 2):
+        if (config.stage1, config.stage2)[stage - 1].steps:
+            report = plan.compile_step(config, stage, mesh, cluster.chip, compiler)
+            say(plan.describe(report, cluster, _MFU.value))
+            fits = fits and report.fits
+    if not fits:
+        raise UserError(
+            f"--plan = {_PLAN.value}: does not fit; more of config.train.mesh_fsdp, config.optimizer2.accumulation or "
+            "config.dit.remat, or less of config.data.batch_size, may help"
+        )
+
+
 def main() -> None:
     config = cli.read_config(_CONFIG)
+    if _PLAN.value:
+        return show_plan(config)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
     loop.claim_workdir(config, workdir)

@@ -1,14 +1,20 @@
+import importlib
+import json
 import logging
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from cola_jax import config as configs
 from cola_jax import sharding
 from cola_jax.config import TrainConfig
+from cola_jax.train import setup
+from cola_jax.train import state as states
 from cola_jax.types import UserError
 
 CUBE = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
@@ -111,3 +117,52 @@ def test_constrain_acts_only_on_a_mesh():
     assert linen.sharding.spec[0] == ("data", "fsdp")
     with pytest.raises(ValueError, match="no rule"), sharding.activate(mesh):
         sharding.constrain(x, "batch", None, "channels")
+
+
+class _Device:
+    """Looks like a device to the functions that lay out meshes."""
+
+    def __init__(self, index, process, slice_index, platform):
+        self.id, self.process_index, self.slice_index, self.platform = index, process, slice_index, platform
+        self.device_kind = platform
+
+    def __repr__(self):
+        return str(self.id)
+
+
+@pytest.mark.parametrize(
+    "platform, sizes, axis",
+    [("gpu", (2, 4, 1), 0), ("gpu", (1, 8, 1), 1), ("gpu", (4, 1, 2), 0), ("cpu", (2, 2, 2), 0), ("cpu", (1, 4, 2), 1)],
+)
+def test_slices_and_nodes_are_crossed_by_one_axis(platform, sizes, axis):
+    """Two islands of four: along every other axis, and inside each half of that one, devices share an island."""
+    devices = [_Device(i, i // 4 if platform == "gpu" else 0, i // 4, platform) for i in range(8)]
+    found = np.moveaxis(sharding.arrange(sizes, devices), axis, 0)
+    islands = np.vectorize(lambda device: device.id // 4)(found)
+    half = len(islands) // 2
+    assert found.shape[0] == sizes[axis] and len({d.id for d in found.flat}) == 8
+    assert len(set(islands[:half].flat)) == len(set(islands[half:].flat)) == 1
+    assert islands[0].flat[0] != islands[-1].flat[0]
+
+
+def test_every_parameter_of_the_full_size_lies_where_it_should():
+    """The golden file has the partition of each parameter and of its moments on data 2 x fsdp 4 x tensor 2."""
+    config = configs.parse(importlib.import_module("configs.paper_2b").get_config())
+    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    made = setup.model(config)
+    target = states.abstract(setup.stage(config, 2, made.init).make, mesh)
+
+    def specs(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+    found = specs(target.params["params"])
+    shown = {name: f"{list(leaf.shape)} {tuple(leaf.sharding.spec)}" for name, leaf in found.items()}
+    path = Path(__file__).parent / "golden" / "full_size_shardings.json"
+    assert shown == json.loads(path.read_text())
+    large = {name: leaf for name, leaf in found.items() if leaf.size > 5e6}
+    assert all("fsdp" in leaf.sharding.spec or "tensor" in leaf.sharding.spec for leaf in large.values())
+    moments = specs(target.opt_state)
+    for name, leaf in found.items():
+        same = [value for key, value in moments.items() if key.endswith("." + name)]
+        assert len(same) == 2 and all(value.sharding.spec == leaf.sharding.spec for value in same), name

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from cola_jax import config as configs
 from cola_jax import release, rng, sharding
-from cola_jax.config import Config, OptimizerConfig
+from cola_jax.config import Config
 from cola_jax.data import pipeline, tokenizers
 from cola_jax.models import cola
-from cola_jax.objectives import stage1, stage2
 from cola_jax.train import checkpoint as checkpoints
 from cola_jax.train import metrics as reports
-from cola_jax.train import optimizer as optimizers
+from cola_jax.train import setup
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
 from cola_jax.types import Key, Params, PyTree, UserError
@@ -81,20 +79,16 @@ def build(config: Config, workdir: Path) -> Parts:
     """
     tokenizer = tokenizers.create(config.data, workdir / "tokenizer.model")
     config = dataclasses.replace(config, vae=cola.with_vocabulary(config.vae, tokenizer.vocab_size))
-    model = cola.create(config.vae, config.dit, config.train.compute_dtype)
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    made = setup.model(config)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return Parts(
         config=config,
-        init=lambda key: model.init(key, tokens),
-        terms=(
-            lambda params, batch, keys, reference: stage1.terms(model, config, params, batch, keys),
-            functools.partial(stage2.terms, model, config),
-        ),
+        init=made.init,
+        terms=made.terms,
         dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed, **share),
         fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
         difference=pipeline.difference,
-        model=model,
+        model=made.model,
         tokenizer=tokenizer,
     )
 
@@ -172,23 +166,10 @@ class _Stage:
     def __init__(self, parts: Parts, workdir: Path, stage: int, mesh: Mesh, sampler, say, stop: _Signals):
         self._parts, self._config, self.number, self._mesh = parts, parts.config, stage, mesh
         self._workdir, self._sampler, self._say, self._stop = workdir, sampler, say, stop
-        self.total = (self._config.stage1 if stage == 1 else self._config.stage2).steps
-        self._settings: OptimizerConfig = self._config.optimizer1 if stage == 1 else self._config.optimizer2
-        sharding.check_batch(
-            self._config.data.batch_size, self._settings.accumulation, mesh, f"optimizer{stage}.accumulation"
-        )
-        strategy = self._config.stage2
-        self._trained = optimizers.trained_groups(stage, strategy.strategy)
-        self._optimizer = optimizers.create(self._settings, self.total, stage, strategy)
-        self._make = states.make_init(
-            parts.init,
-            self._optimizer,
-            self._trained,
-            groups=("vae",) if stage == 1 else ("vae", "dit"),
-            ema=self._settings.ema > 0,
-            reference=stage == 2 and "vae" in self._trained and strategy.reference_weight > 0,
-        )
-        self._target = states.abstract(self._make, mesh)
+        self._setup = setup.stage(self._config, stage, parts.init)
+        self.total, accumulation = self._setup.steps, self._setup.settings.accumulation
+        sharding.check_batch(self._config.data.batch_size, accumulation, mesh, f"optimizer{stage}.accumulation")
+        self._target = states.abstract(self._setup.make, mesh)
         self._seed = data_seed(self._config.seed, stage)
         self._checkpoints = checkpoints.Checkpoints(workdir / f"stage{stage}", self._config.train.keep_checkpoints, say)
         self.step = 0
@@ -211,7 +192,7 @@ class _Stage:
 
     def begin(self, vae: PyTree | None, dit: PyTree | None = None) -> None:
         """Starts the stage afresh, from the parameters of the stage before or of another model if there are any."""
-        self.state = states.create(self._make, self._mesh, rng.key(self._config.seed, "init"), vae, dit)
+        self.state = states.create(self._setup.make, self._mesh, rng.key(self._config.seed, "init"), vae, dit)
 
     def initial(self) -> dict[str, PyTree]:
         """What `config.train.init_from` holds of the stage's groups; raises UserError unless the shapes are its."""
@@ -256,9 +237,9 @@ class _Stage:
         config, parts = self._config, self._parts
         train_step = steps.make_train_step(
             parts.terms[self.number - 1],
-            self._optimizer,
-            self._settings,
-            self._trained,
+            self._setup.optimizer,
+            self._setup.settings,
+            self._setup.trained,
             self._target,
             self._mesh,
             steps=self.total,

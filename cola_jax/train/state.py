@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cola_jax import sharding
 from cola_jax.train import optimizer as optimizers
@@ -90,7 +90,7 @@ def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
     )
 
 
-def abstract(make: Callable[..., TrainState], mesh: Mesh) -> TrainState:
+def abstract(make: Callable[..., TrainState], mesh: Mesh | AbstractMesh) -> TrainState:
     """The state as ShapeDtypeStructs that carry their shardings; nothing is computed."""
     boxed = jax.eval_shape(make, jax.random.key(0))
     return jax.tree.map(

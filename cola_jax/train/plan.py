@@ -1,0 +1,206 @@
+"""What a training step needs on devices that are not there: memory, FLOPs, tokens per second.
+
+The step of a config is compiled ahead of time for a described slice or node. TPU slices are compiled by the TPU
+compiler itself, which needs no TPU (`pip install libtpu`); GPUs, and TPUs where it is not installed, by XLA's CPU
+compiler for as many virtual devices.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from cola_jax import sharding
+from cola_jax.config import Config
+from cola_jax.train import metrics, setup, step
+from cola_jax.train import state as states
+from cola_jax.types import PyTree, UserError
+
+
+class Chip(NamedTuple):
+    """Memory in bytes, and peak bfloat16 FLOP/s, of one device (vendors' data sheets)."""
+
+    memory: float
+    flops: float
+    tpu: bool
+
+
+CHIPS = {
+    "v4": Chip(32 * 2**30, 275e12, True),
+    "v5e": Chip(16 * 2**30, 197e12, True),
+    "v5p": Chip(95 * 2**30, 459e12, True),
+    "v6e": Chip(32 * 2**30, 918e12, True),
+    "a100": Chip(80e9, 312e12, False),
+    "h100": Chip(80e9, 989e12, False),
+    "h200": Chip(141e9, 989e12, False),
+    "b200": Chip(180e9, 2250e12, False),
+}
+
+
+class Cluster(NamedTuple):
+    """A described slice or node: so many of these chips; ``shape`` is a TPU slice's."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+class Report(NamedTuple):
+    """What one stage's step needs, on the device that needs most; bytes.
+
+    Attributes:
+      stage: 1 or 2.
+      parameters: of the groups that the stage holds.
+      state: parameters, moments, average, reference.
+      batch: tokens of a step.
+      peak: of the compiled program, state and batch included; None where it does not fit and the compiler gave no
+        number.
+      fits: whether the peak is below the chip's memory.
+      flops_per_token: by the cost model (`metrics.flops_per_token`).
+      compiler: "TPU" or "CPU".
+      seconds: compilation took.
+    """
+
+    stage: int
+    parameters: int
+    state: int
+    batch: int
+    peak: int | None
+    fits: bool
+    flops_per_token: float
+    compiler: str
+    seconds: float
+
+
+def parse_cluster(text: str) -> Cluster:
+    """``v5e:4x4``, ``v4:2x2x2``, ``h100:8``: chip and how many, or how they are laid out.
+
+    Raises:
+      UserError: an unknown chip, or no positive numbers.
+    """
+    name, _, size = text.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise UserError(
+            f"--plan = {text}: allowed is CHIP:COUNT or CHIP:AxB, as v5e:4x4 or h100:8, with one of {', '.join(CHIPS)}"
+        )
+    return Cluster(text, CHIPS[name], tuple(int(part) for part in size.split("x")))
+
+
+def has_tpu_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def prepare(cluster: Cluster) -> None:
+    """Sets JAX up for the cluster; must come before JAX's first use of a device."""
+    jax.config.update("jax_platforms", "cpu")
+    if cluster.chip.tpu and has_tpu_compiler():
+        # What the TPU's library would ask the machine for, and complain about where there is none.
+        for name, value in {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v4-16",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }.items():
+            os.environ.setdefault(name, value)
+    else:
+        jax.config.update("jax_num_cpu_devices", cluster.count)
+
+
+def devices(cluster: Cluster) -> tuple[list, str]:
+    """The cluster's devices, described or virtual, and the compiler that they have: "TPU" or "CPU"."""
+    if not (cluster.chip.tpu and has_tpu_compiler()):
+        return jax.devices("cpu")[: cluster.count], "CPU"
+    try:
+        options = {"chip_config_name": "megacore"} if cluster.name.startswith("v4") else {}  # its two cores as one
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=cluster.name, **options)
+        return list(topology.devices), "TPU"
+    except Exception as error:  # libtpu raises its own
+        reason = " ".join(str(error).split())[:200]
+        allowed = f"allowed is a slice that the TPU compiler knows ({reason})"
+        raise UserError(f"--plan = {cluster.name}: {allowed}") from error
+
+
+def _bytes(tree: PyTree) -> int:
+    """Largest share of a device in a tree of abstract arrays with shardings."""
+
+    def leaf(x):
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(leaf(x) for x in jax.tree.leaves(tree))
+
+
+def _used(message: str) -> int | None:
+    """Bytes that a program needs, from the TPU compiler's complaint that they are too many."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
+
+
+def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
+    """Compiles the training step of a stage for ``mesh`` and reports what it needs; nothing is computed.
+
+    Args:
+      config: with ``vae.vocab_size`` known.
+      stage: 1 or 2.
+      mesh: of described or virtual devices.
+      chip: what one of them is.
+      compiler: for the report.
+
+    Raises:
+      UserError: mesh and batch do not fit together.
+    """
+    made = setup.model(config)
+    parts = setup.stage(config, stage, made.init)
+    sharding.check_batch(config.data.batch_size, parts.settings.accumulation, mesh, f"optimizer{stage}.accumulation")
+    target = states.abstract(parts.make, mesh)
+    home = sharding.batch_sharding(mesh)
+    row = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=home)
+    train_step = step.make_train_step(
+        made.terms[stage - 1], parts.optimizer, parts.settings, parts.trained, target, mesh,
+        steps=parts.steps, seed=config.seed,
+    )  # fmt: skip
+    began, peak, fits = time.monotonic(), None, False
+    try:
+        compiled = train_step.lower(target, dict.fromkeys(("tokens", "segment_ids", "positions"), row)).compile()
+        memory = compiled.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        fits = peak <= chip.memory
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        peak = _used(str(error))
+    return Report(
+        stage=stage,
+        parameters=sum(x.size for x in jax.tree.leaves(target.params)),
+        state=_bytes(target),
+        batch=row.size,
+        peak=peak,
+        fits=fits,
+        flops_per_token=metrics.flops_per_token(config, stage),
+        compiler=compiler,
+        seconds=time.monotonic() - began,
+    )
+
+
+def describe(report: Report, cluster: Cluster, mfu: float) -> str:
+    """The report in a few lines; tokens per second at a model FLOP utilisation of ``mfu``."""
+    gib, peak_flops = 2**30, cluster.chip.flops
+    rate = mfu * peak_flops * cluster.count / report.flops_per_token
+    peak = "more than there is" if report.peak is None else f"{report.peak / gib:.2f} GiB"
+    return (
+        f"stage {report.stage}: {report.parameters:,} parameters, {report.batch:,} tokens a step\n"
+        f"  per device: state {report.state / gib:.2f} GiB, peak {peak} of {cluster.chip.memory / gib:.1f} GiB: "
+        f"{'fits' if report.fits else 'DOES NOT FIT'} ({report.compiler} compiler, {report.seconds:.0f} s)\n"
+        f"  {report.flops_per_token / 1e9:.2f} GFLOP a token: {rate:,.0f} tokens/s, {report.batch / rate:.2f} s "
+        f"a step, at {100 * mfu:.0f} % of {cluster.count} x {peak_flops / 1e12:.0f} TFLOP/s"
+    )
