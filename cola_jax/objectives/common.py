@@ -14,6 +14,14 @@ def latent_segments(batch: dict, patch_size: int) -> Int[Array, "B N"]:
     return jnp.max(segments.reshape(segments.shape[0], -1, patch_size), axis=-1)
 
 
+def reconstructed(batch: dict, patch_size: int) -> Float[Array, "B T"]:
+    """Weights of the tokens that the decoder learns to write: all of every real latent, padding in it included.
+
+    So the first token of a text that begins inside a patch is told from the padding before it.
+    """
+    return jnp.repeat(latent_segments(batch, patch_size) > 0, patch_size, axis=1).astype(jnp.float32)
+
+
 def encoder_tokens(batch: dict, mask_token: int) -> Int[Array, "B T"]:
     """What the encoder reads: padding is the mask token, as in generation."""
     return jnp.where(batch["segment_ids"] > 0, batch["tokens"], mask_token)

@@ -26,13 +26,14 @@ def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict
     draw_keys, noise_keys, mask_keys = rng.split(keys, 3)
     segments = common.latent_segments(batch, model.vae_config.patch_size)
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
+    written = common.reconstructed(batch, model.vae_config.patch_size)
     latents = (segments > 0).astype(jnp.float32)
     inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
     posterior = model.apply(params, inputs, segments, method="encode")
     z = model.normalize(common.draw(posterior, draw_keys))
     logits = model.apply(params, _some_noisy(z, stage, noise_keys), segments, method="decode")
     out = {
-        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), real),
+        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), written),
         "kl": common.per_example(
             common.kl(posterior, common.standard_normal_like(posterior)), latents, stage.kl_weight
         ),

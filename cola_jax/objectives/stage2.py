@@ -47,10 +47,11 @@ def terms(
 
 def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, reference) -> dict[str, Term]:
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
+    written = common.reconstructed(batch, model.vae_config.patch_size)
     latents = (segments > 0).astype(jnp.float32)
     logits = model.apply(params, z, segments, method="decode")
     out = {
-        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), real, stage.vae_weight),
+        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), written, stage.vae_weight),
         "entropy": common.per_example(
             common.negative_entropy(posterior), latents, stage.vae_weight * stage.entropy_weight
         ),

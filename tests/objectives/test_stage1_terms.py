@@ -116,3 +116,18 @@ def test_an_example_does_not_depend_on_its_batch():
     for name in whole:
         np.testing.assert_allclose(part[name].value, whole[name].value[1:2], rtol=1e-6, err_msg=name)
         np.testing.assert_array_equal(part[name].weight, whole[name].weight[1:2], err_msg=name)
+
+
+def test_padding_inside_a_patch_is_reconstructed():
+    """As padding: so the decoder says where a text begins. Padding that fills patches counts nowhere."""
+    batch = {"segment_ids": jnp.array([[0, 1, 1, 1, 1, 0, 0, 0]]), "tokens": jnp.arange(8)[None]}
+    np.testing.assert_array_equal(common.reconstructed(batch, 2), [[1, 1, 1, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(common.reconstructed(batch, 1), batch["segment_ids"])
+    model, params = create({"patch_size": 2})
+    row = {name: jnp.tile(values, (1, 2)) % VOCAB for name, values in batch.items()}
+    other = row | {"tokens": row["tokens"].at[0, 0].set(7)}
+
+    def reconstruction(batch):
+        return float(stage1.terms(model, CONFIG, params, batch, keys())["reconstruction"].value[0])
+
+    assert reconstruction(row) != reconstruction(other)
