@@ -132,6 +132,7 @@ class VAEConfig:
     normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
     variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
     logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
+    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
     shift: float = 0.0  # latents are normalised as (z - shift) * scale
     scale: float = 1.0
 
@@ -145,7 +146,7 @@ class VAEConfig:
             1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
         )
         _require_at_least(1, "vae", self, "block_size")
-        _require_at_least(0, "vae", self, "vocab_size")
+        _require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
         _require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
         _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
         _require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))

@@ -38,6 +38,10 @@ class ColaDLM(nn.Module):
         """Logits [B, N * P, V] of normalised latents; see `TextVAE.decode`."""
         return self.vae.decode(latents, segment_ids)
 
+    def decode_reduced(self, latents, tokens, reduce, segment_ids=None):
+        """What ``reduce`` makes of the logits, without all logits at once; see `TextVAE.decode_reduced`."""
+        return self.vae.decode_reduced(latents, tokens, reduce, segment_ids)
+
     def velocity(
         self,
         latents: Float[Array, "B Q D"],

@@ -1,7 +1,8 @@
 """Text VAE: tokens to a diagonal Gaussian over latents, and latents to logits (SPEC 2, 9)."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -117,14 +118,51 @@ class Encoder(nn.Module):
         return Posterior(mean, logvar)
 
 
+def _reduced(head: Callable, hidden: Array, tokens: Array, reduce: Callable, chunk: int):
+    """``reduce(head(hidden), tokens)``, ``chunk`` positions of each sequence at a time (0: all at once).
+
+    A chunk's logits are computed again for its gradient. Weights and their gradient keep their own type: only
+    inside a chunk is the computation in a narrower one.
+    """
+    batch, length = tokens.shape
+
+    def one(head, carry, part):
+        return carry, reduce(head(part[0]).astype(jnp.float32), part[1])
+
+    if not 0 < chunk < length:
+        return one(head, None, (hidden, tokens))[1]
+    chunks = -(-length // chunk)
+    parts = (jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens))
+    parts = tuple(x.reshape(batch, chunks, chunk, *x.shape[2:]) for x in parts)
+    scan = nn.scan(
+        nn.remat(one, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    _, values = scan(head, None, parts)
+    return jax.tree.map(lambda x: x.reshape(batch, chunks * chunk)[:, :length], values)
+
+
 class Decoder(nn.Module):
-    """Normalised latents to logits over tokens; with a cache, the next latents of a sequence."""
+    """Normalised latents to logits over tokens; with a cache, the next latents of a sequence.
+
+    With ``tokens`` [B, T] and ``reduce``, what this makes of the logits in their place (see `_reduced`).
+    """
 
     config: VAEConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "B N D"], context: _Context, cache: KV | None = None):
+    def __call__(
+        self,
+        latents: Float[Array, "B N D"],
+        context: _Context,
+        cache: KV | None = None,
+        tokens: Int[Array, "B T"] | None = None,
+        reduce: Callable | None = None,
+    ):
         config, patch = self.config, self.config.patch_size
         batch, length = latents.shape[:2]
         bias = config.bias
@@ -135,7 +173,9 @@ class Decoder(nn.Module):
         x = x.transpose(0, 1, 3, 2).reshape(batch, length * patch, config.dim)
         x = LayerNorm(config.norm_eps, name="final_norm")(x)
         head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=bias, dtype=self.dtype, name="final_layer")
-        return head(x).astype(jnp.float32), kv
+        if reduce is None:
+            return head(x).astype(jnp.float32), kv
+        return _reduced(head, x, tokens, reduce, config.logit_chunk), kv
 
 
 class TextVAE(nn.Module):
@@ -162,6 +202,29 @@ class TextVAE(nn.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of the P tokens of every latent, float32."""
         return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[0]
+
+    def decode_reduced(
+        self,
+        latents: Float[Array, "B N D"],
+        tokens: Int[Array, "B T"],
+        reduce: Callable[[Float[Array, "B C V"], Int[Array, "B C"]], Any],
+        segment_ids: Int[Array, "B N"] | None = None,
+    ) -> Any:
+        """``reduce(decode(latents), tokens)`` in chunks of ``config.logit_chunk`` positions.
+
+        The logits of a whole batch, the largest array of a training step by far, never exist.
+
+        Args:
+          latents: normalised.
+          tokens: the target at each position, handed to ``reduce``.
+          reduce: ``(logits [B, C, V], tokens [B, C]) -> tree of arrays [B, C]``, each position for itself.
+          segment_ids: document of each latent.
+
+        Returns:
+          What ``reduce`` returns, of arrays [B, T].
+        """
+        context = _context(self.config, latents.shape[1], segment_ids)
+        return self.decoder(latents, context, None, tokens, reduce)[0]
 
     def decode_prompt(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> KV:
         """Keys and values [layers, B, N, H, C] of a sequence's first latents: the start of a cache."""

@@ -1,5 +1,7 @@
 """What the terms of both stages share: masked sums, cross-entropy, draws from the posterior."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -43,6 +45,22 @@ def accuracy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[
     return (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
 
 
+class TokenScores(NamedTuple):
+    """Of each token: its cross-entropy, and whether it is the most likely one (no gradient)."""
+
+    cross_entropy: Float[Array, "B T"]
+    accuracy: Float[Array, "B T"]
+
+
+def token_scores(model, params, latents, tokens: Int[Array, "B T"], segments: Int[Array, "B N"]) -> TokenScores:
+    """Scores of the tokens under the decoder of normalised latents, without all logits at once."""
+
+    def reduce(logits, tokens):
+        return TokenScores(cross_entropy(logits, tokens), accuracy(logits, tokens))
+
+    return model.apply(params, latents, tokens, reduce, segments, method="decode_reduced")
+
+
 def draw(posterior: Posterior, keys: Key) -> Float[Array, "B N D"]:
     """One reparameterised sample of each latent."""
     return posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(keys, posterior.mean.shape[1:])
@@ -76,8 +94,8 @@ def masked_token_term(model, params, batch: dict, keys: Key, mask_ratio: float, 
     chosen = (rng.uniform(choose_keys, tokens.shape[1:]) < mask_ratio) & real
     masked = jnp.where(chosen | ~real, model.vae_config.vocab_size, tokens)
     z = draw(model.apply(params, masked, segments, method="encode"), draw_keys)
-    logits = model.apply(params, model.normalize(z), segments, method="decode")
-    return per_example(cross_entropy(logits, tokens), chosen.astype(jnp.float32), coefficient)
+    scores = token_scores(model, params, model.normalize(z), tokens, segments)
+    return per_example(scores.cross_entropy, chosen.astype(jnp.float32), coefficient)
 
 
 def posterior_statistics(posterior: Posterior, mask: Float[Array, "B N"]) -> dict[str, Term]:

@@ -31,13 +31,13 @@ def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict
     inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
     posterior = model.apply(params, inputs, segments, method="encode")
     z = model.normalize(common.draw(posterior, draw_keys))
-    logits = model.apply(params, _some_noisy(z, stage, noise_keys), segments, method="decode")
+    scores = common.token_scores(model, params, _some_noisy(z, stage, noise_keys), tokens, segments)
     out = {
-        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), written),
+        "reconstruction": common.per_example(scores.cross_entropy, written),
         "kl": common.per_example(
             common.kl(posterior, common.standard_normal_like(posterior)), latents, stage.kl_weight
         ),
-        "accuracy": common.per_example(common.accuracy(logits, tokens), real, 0.0),
+        "accuracy": common.per_example(scores.accuracy, real, 0.0),
         **common.posterior_statistics(posterior, latents),
     }
     if stage.mask_weight:

@@ -49,13 +49,13 @@ def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, r
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)
     written = common.reconstructed(batch, model.vae_config.patch_size)
     latents = (segments > 0).astype(jnp.float32)
-    logits = model.apply(params, z, segments, method="decode")
+    scores = common.token_scores(model, params, z, tokens, segments)
     out = {
-        "reconstruction": common.per_example(common.cross_entropy(logits, tokens), written, stage.vae_weight),
+        "reconstruction": common.per_example(scores.cross_entropy, written, stage.vae_weight),
         "entropy": common.per_example(
             common.negative_entropy(posterior), latents, stage.vae_weight * stage.entropy_weight
         ),
-        "accuracy": common.per_example(common.accuracy(logits, tokens), real, 0.0),
+        "accuracy": common.per_example(scores.accuracy, real, 0.0),
     }
     if stage.mask_weight:
         weight = stage.vae_weight * stage.mask_weight
