@@ -52,6 +52,9 @@ def show_plan(config: Config) -> None:
     plan.prepare(cluster)
     devices, compiler = plan.devices(cluster)
     mesh = sharding.make_mesh(config.train, devices)
+    if mesh.size != cluster.count:
+        allowed = f"all {cluster.count} devices of --plan = {_PLAN.value}"
+        raise UserError(f"config.train.mesh_* takes {mesh.size} devices: allowed are {allowed}")
     say(f"{cluster.name}: {cluster.count} devices, mesh {', '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
     fits = True
     for stage in (1, 2):
