@@ -5,8 +5,8 @@
 Two cores of an AMD EPYC, float32, nothing beside it (prompts of 64 tokens, 64 new ones, 16 Euler steps, guidance 7;
 the training step is one of 512 tokens with a fixed VAE):
 
-    generation, batch 1    52.5 tokens/s     87 of 211 GFLOP/s of matmul (41 %)   compiled in 9.9 s   1.2 GiB
-    generation, batch 8    81.8 tokens/s    136 of 204 GFLOP/s of matmul (67 %)   compiled in 8.3 s   1.5 GiB
+    generation, batch 1    53.5 tokens/s     89 of 215 GFLOP/s of matmul (41 %)   compiled in 9.0 s   1.2 GiB
+    generation, batch 8    86.4 tokens/s    144 of 214 GFLOP/s of matmul (67 %)   compiled in 9.4 s   1.4 GiB
     training,   batch 1   293.9 tokens/s    100 of 212 GFLOP/s of matmul (47 %)   compiled in 12.5 s  2.7 GiB
 
 The released PyTorch code reaches 8.7 and 24.5 tokens/s on such a machine. Generation counts 1.66 GFLOP a token: 33
