@@ -1,15 +1,83 @@
-"""Multi-head attention: against a sequence, and of blocks against a history and themselves.
+"""Multi-head attention: of block-causal sequences, against a sequence under a mask, and of blocks with a cache.
 
 Logits and softmax are float32 (or wider) whatever the compute type. Keys arrive after norm and RoPE.
 """
 
 import math
 
+import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from cola_jax.nn import masks
 
 _MASKED = -1e30  # finite, so that a row without any key gives no NaN
+
+
+@flax.struct.dataclass
+class Layout:
+    """Who sees whom in a row of copies of one sequence: clean data first, then noisy copies of it, or none.
+
+    A position sees the strictly earlier blocks of the clean copy and its own block of its own copy (3.7), where
+    these have its segment. Without noisy copies that is block-causal attention; with blocks of 1, causal.
+
+    Attributes:
+      length: positions N of a copy. Only the clean copy of a row without noisy ones may end inside a block.
+      block_size: positions of a block.
+      segment_ids: document of each position of the row; None: all are of one.
+      kernel: "xla", "splash" (see `cola_jax.nn.splash`), or "auto": splash on a TPU where the sizes suit it.
+    """
+
+    length: int = flax.struct.field(pytree_node=False)
+    block_size: int = flax.struct.field(pytree_node=False)
+    segment_ids: Int[Array, "#B R"] | None = None
+    kernel: str = flax.struct.field(pytree_node=False, default="xla")
+
+
+def attend_layout(
+    q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: Layout
+) -> Float[Array, "B R H C"]:
+    """Softmax attention of a row of ``R / layout.length`` copies under `Layout`, without a mask of R x R."""
+    return _xla(q, k, v, layout)
+
+
+def _chunks(length: int, block_size: int) -> list[tuple[int, int]]:
+    """Ranges of whole blocks, at least 128 positions and an eighth of the sequence each (except the last)."""
+    size = block_size * -(-max(128, length // 8) // block_size)
+    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+def _xla(q, k, v, layout: Layout):
+    """Chunk by chunk of the queries, each against the keys up to its end: about half of all pairs."""
+    (batch, row, heads, channels), length, size = q.shape, layout.length, layout.block_size
+    copies = row // length - 1
+    ids = jnp.zeros((1, row), jnp.int32) if layout.segment_ids is None else layout.segment_ids
+    clean_q, clean_k, clean_v, clean_ids = (x[:, :length] for x in (q, k, v, ids))
+    noisy = [x[:, length:].reshape(x.shape[0], copies, length, *x.shape[2:]) for x in (q, k, v, ids)]
+    clean_out, noisy_out = [], []
+    for begin, end in _chunks(length, size):
+        here = slice(begin, end)
+        causal = masks.blocks(jnp.arange(begin, end), jnp.arange(end), size)
+        mask = causal & masks.same_segment(clean_ids[:, here], clean_ids[:, :end])
+        clean_out.append(attend(clean_q[:, here], clean_k[:, :end], clean_v[:, :end], mask))
+        if not copies:
+            continue
+        part_q, part_k, part_v, part_ids = (
+            x[:, :, here].reshape(x.shape[0], copies * (end - begin), *x.shape[3:]) for x in noisy
+        )
+        past = end - size  # the chunk's last block sees nothing later
+        earlier = masks.blocks(jnp.arange(begin, end), jnp.arange(past), size, strict=True)
+        earlier = jnp.tile(earlier, (1, copies, 1)) & masks.same_segment(part_ids, clean_ids[:, :past])
+        by_block = part_ids.reshape(part_ids.shape[0], -1, size)
+        own = by_block[..., :, None] == by_block[..., None, :]
+        history = (clean_k[:, :past], clean_v[:, :past])
+        part = attend_history(part_q, part_k, part_v, history, earlier, own)
+        noisy_out.append(part.reshape(batch, copies, end - begin, heads, channels))
+    if not copies:
+        return jnp.concatenate(clean_out, axis=1)
+    noisy_row = jnp.concatenate(noisy_out, axis=2).reshape(batch, copies * length, heads, channels)
+    return jnp.concatenate([*clean_out, noisy_row], axis=1)
 
 
 def _logits(q, k, mask, equation: str):
