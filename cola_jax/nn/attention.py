@@ -3,7 +3,9 @@
 Logits and softmax are float32 (or wider) whatever the compute type. Keys arrive after norm and RoPE.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import flax
 import jax
@@ -81,9 +83,33 @@ def _xla(q, k, v, layout: Layout):
 
 
 def _logits(q, k, mask, equation: str):
+    """Logits [B, H, ...] of queries that have the factor 1 / sqrt(C) already (see `_scaled`)."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum(equation, q, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
+    logits = jnp.einsum(equation, q, k, preferred_element_type=dtype)
     return logits if mask is None else jnp.where(mask, logits, _MASKED)
+
+
+def _softmax(logits: Sequence[Array], dtype) -> tuple[list[Array], Array]:
+    """One softmax over several sets of keys, [B, H, N, M] each: weights in ``dtype`` before division, divisor.
+
+    Dividing the output instead of the weights saves two passes over the pairs.
+    """
+    highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in logits if x.shape[-1]])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in logits]
+    total = sum(jnp.sum(x, axis=-1) for x in weights)
+    return [x.astype(dtype) for x in weights], jnp.swapaxes(total, 1, 2)[..., None]
+
+
+def _scaled(q):
+    return q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)
+
+
+def _weighted(weights, v, equation: str):
+    return jnp.einsum(equation, weights, v, preferred_element_type=jnp.promote_types(v.dtype, jnp.float32))
+
+
+def _divided(out, total, dtype):
+    return (out / total).astype(dtype)
 
 
 def attend(
@@ -93,9 +119,9 @@ def attend(
     mask: Bool[Array, "#B N M"] | None = None,
 ) -> Float[Array, "B N H C"]:
     """Softmax attention; ``mask`` is True where a query may see a key."""
-    logits = _logits(q, k, None if mask is None else mask[:, None], "bnhc,bmhc->bhnm")
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bmhc->bnhc", weights, v)
+    logits = _logits(_scaled(q), k, None if mask is None else mask[:, None], "bnhc,bmhc->bhnm")
+    (weights,), total = _softmax([logits], v.dtype)
+    return _divided(_weighted(weights, v, "bhnm,bmhc->bnhc"), total, v.dtype)
 
 
 def attend_history(
@@ -124,11 +150,10 @@ def attend_history(
     def split(x):
         return x.reshape(batch, groups, block, heads, channels)
 
+    q = _scaled(q)
     past = _logits(q, history_k, history_mask[:, None], "bnhc,bmhc->bhnm")
     own = _logits(split(q), split(k), block_mask[:, None], "bgihc,bgjhc->bhgij")
-    logits = jnp.concatenate([past, own.reshape(batch, heads, length, block)], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    past_w, own_w = jnp.split(weights, [history_k.shape[1]], axis=-1)
-    out = jnp.einsum("bhnm,bmhc->bnhc", past_w, history_v)
-    own_w = own_w.reshape(batch, heads, groups, block, block)
-    return out + jnp.einsum("bhgij,bgjhc->bgihc", own_w, split(v)).reshape(q.shape)
+    (past, own), total = _softmax([past, own.reshape(batch, heads, length, block)], v.dtype)
+    own = own.reshape(batch, heads, groups, block, block)
+    out = _weighted(own, split(v), "bhgij,bgjhc->bgihc").reshape(q.shape)
+    return _divided(out + _weighted(past, history_v, "bhnm,bmhc->bnhc"), total, v.dtype)
