@@ -104,6 +104,9 @@ class DataConfig:
         self.stories.validate()
 
 
+ATTENTION_KERNELS = ("auto", "xla", "splash")
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
@@ -143,6 +146,7 @@ class VAEConfig:
 
     def validate(self) -> None:
         _require_choice("vae", self, "attention", ("causal", "block_causal"))
+        _require_choice("vae", self, "attention_kernel", ATTENTION_KERNELS)
         _require_at_least(
             1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
         )
@@ -179,7 +183,7 @@ class DiTConfig:
     block_position: bool = False  # learned embedding of the index inside the block [ours]
     no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
     attention_kernel: str = "auto"  # xla | splash | auto: splash on a TPU where the sizes suit it
-    remat: str = "none"  # none | full | dots: what the backward pass computes again
+    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
     unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
 
     def validate(self) -> None:
@@ -187,7 +191,8 @@ class DiTConfig:
             1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
         )
         _require_at_least(1, "dit", self, "time_dim", "unroll")
-        _require_choice("dit", self, "remat", ("none", "full", "dots"))
+        _require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
+        _require_choice("dit", self, "attention_kernel", ATTENTION_KERNELS)
         _require(
             0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
             "dit.rope_dim",

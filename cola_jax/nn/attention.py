@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import flax
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.nn import masks
@@ -41,7 +42,14 @@ def attend_layout(
     q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: Layout
 ) -> Float[Array, "B R H C"]:
     """Softmax attention of a row of ``R / layout.length`` copies under `Layout`, without a mask of R x R."""
-    return _xla(q, k, v, layout)
+    splash = layout.kernel == "splash"
+    if layout.kernel == "auto":
+        splash = jax.default_backend() == "tpu" and q.shape[-1] % 128 == 0 and q.shape[1] >= 128
+    if not splash:
+        return checkpoint_name(_xla(q, k, v, layout), "attention")
+    from cola_jax.nn import splash as kernel  # loads Pallas
+
+    return kernel.attend(q, k, v, layout.segment_ids, layout.length, layout.block_size)
 
 
 def _chunks(length: int, block_size: int) -> list[tuple[int, int]]:
