@@ -104,6 +104,9 @@ class DataConfig:
         self.stories.validate()
 
 
+ATTENTION_KERNELS = ("auto", "xla", "splash")
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
@@ -132,6 +135,7 @@ class VAEConfig:
     normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
     variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
     logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
+    attention_kernel: str = "auto"  # xla | splash | auto: splash on a TPU where the sizes suit it
     logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
     shift: float = 0.0  # latents are normalised as (z - shift) * scale
     scale: float = 1.0
@@ -142,6 +146,7 @@ class VAEConfig:
 
     def validate(self) -> None:
         _require_choice("vae", self, "attention", ("causal", "block_causal"))
+        _require_choice("vae", self, "attention_kernel", ATTENTION_KERNELS)
         _require_at_least(
             1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
         )
@@ -177,7 +182,8 @@ class DiTConfig:
     norm_eps: float = 1e-5
     block_position: bool = False  # learned embedding of the index inside the block [ours]
     no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
-    remat: str = "none"  # none | full | dots: what the backward pass computes again
+    attention_kernel: str = "auto"  # xla | splash | auto: splash on a TPU where the sizes suit it
+    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
     unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
 
     def validate(self) -> None:
@@ -185,7 +191,8 @@ class DiTConfig:
             1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
         )
         _require_at_least(1, "dit", self, "time_dim", "unroll")
-        _require_choice("dit", self, "remat", ("none", "full", "dots"))
+        _require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
+        _require_choice("dit", self, "attention_kernel", ATTENTION_KERNELS)
         _require(
             0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
             "dit.rope_dim",

@@ -8,31 +8,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.config import DiTConfig
-from cola_jax.nn import attention, embeddings, masks
+from cola_jax.nn import attention, embeddings
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
 
 
-class _Stream(NamedTuple):
-    """What one copy of the latents (noisy, or the clean history) brings to every layer.
+class _Context(NamedTuple):
+    """What the layers share about a row of latents: the clean copy and its noisy copies in training, else one.
 
-    ``time`` holds one embedding for each of the M equal stretches of the sequence, ``pinned`` the positions
-    that are clean data at time 0 instead (or None).
+    ``time`` holds the embedding of t = 0, then that of each of M equal stretches; in training the stretches are
+    those of the noisy copies, and the clean copy has t = 0, as ``pinned`` positions have.
     """
 
-    time: Array | None  # [B or 1, M, E]; None: a row of the layer's modulation table serves all
-    pinned: Array | None  # [B, N] bool
+    time: Array | None  # [B or 1, 1 + M, E]; None: a row of the layer's modulation table serves all
+    pinned: Array | None  # [B, R] bool
     angles: Array
-    mask: Array  # self-attention [#B, N, N], or own blocks [#B, G, K, K] where there is a history
+    layout: attention.Layout | None = None  # None: with a cache, and these masks
+    own_mask: Array | None = None  # [#B, G, K, K]
     history_mask: Array | None = None  # [#B, N, M]
-
-
-class _Context(NamedTuple):
-    noisy: _Stream
-    clean: _Stream | None  # the clean copy whose keys and values are the history, in training
-    time_zero: Array | None  # [1, 1, E], activation of the embedding of t = 0; None with a modulation table
     index: Array | None = None  # row of the modulation tables
 
 
@@ -48,15 +43,19 @@ class Modulations(NamedTuple):
     output: Array
 
 
-def _spread(values, zero, pinned, length: int) -> list[Array]:
-    """Modulations [B, M, parts, C] of M equal stretches, for each of ``length`` positions: parts times [B, N, C].
+def _spread(values, pinned, length: int, clean: int) -> list[Array]:
+    """Modulations [B, 1 + M, parts, C] of t = 0 and M stretches, for each position of a row: parts times [B, R, C].
 
-    Pinned positions take those of time 0, ``zero`` [1, 1, parts, C].
+    The row has ``clean`` positions at t = 0 and ``length`` more, M equal stretches; ``pinned`` [B, R] are at t = 0.
     """
+    zero, values = values[:, :1], values[:, 1:]
     batch, distinct, parts, channels = values.shape
-    if distinct > 1:
-        values = jnp.broadcast_to(values[:, :, None], (batch, distinct, length // distinct, parts, channels))
-        values = values.reshape(batch, length, parts, channels)
+    if distinct > 1 or clean:
+        stretch = length // distinct
+        before = jnp.broadcast_to(zero, (batch, clean // stretch, parts, channels))
+        values = jnp.concatenate([before, values], axis=1)[:, :, None]
+        values = jnp.broadcast_to(values, (batch, values.shape[1], stretch, parts, channels))
+        values = values.reshape(batch, clean + length, parts, channels)
     if pinned is not None:
         values = jnp.where(pinned[:, :, None, None], zero, values)
     return [values[:, :, part] for part in range(parts)]
@@ -95,50 +94,53 @@ class Layer(nn.Module):
         self.mlp_modulation = Modulation((2, config.dim), dtype)
         self.mlp_gate = Modulation((1, config.dim), dtype)
 
-    def __call__(self, carry, inputs, context: _Context):
+    def __call__(self, x, inputs, context: _Context):
         cache, table = (None, None) if inputs is None else inputs
-        noisy, clean = carry
-        if clean is not None:
-            clean, cache = self._one(clean, None, context.clean, context)
-        noisy, kv = self._one(noisy, cache, context.noisy, context, table)
+        if table is None:
+            _, values = self.modulations(None, None, context.time)
+        else:
+            values = tuple(_row(v, context.index) for v in table)
+        clean = _clean(x, context)
+        spread = [_spread(v, context.pinned, x.shape[1] - clean, clean) for v in values]
+        (shift, scale), (gate,), (mlp_shift, mlp_scale), (mlp_gate,) = spread
+        attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
+        x = x + gate * attended
+        h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
         # Keys and values leave the scan only where a cache will take them.
-        return (noisy, clean), (None if clean is not None else kv)
+        return x + mlp_gate * self.mlp_out(h), (None if clean else kv)
 
     def modulations(self, carry, inputs, time: Array):
         """(carry, modulations of the layer for ``time`` [B, M, E]): each [B, M, parts, C]."""
         linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
         return carry, tuple(linear(time) for linear in linears)
 
-    def _one(self, x, history: KV | None, stream: _Stream, context: _Context, table=None):
-        if table is None:
-            _, values = self.modulations(None, None, stream.time)
-            zeros = values if stream.pinned is None else self.modulations(None, None, context.time_zero)[1]
-        else:
-            values, zeros = (tuple(v[i][None, None] for v in table) for i in (context.index, -1))
-        spread = [_spread(v, zero, stream.pinned, x.shape[1]) for v, zero in zip(values, zeros, strict=True)]
-        (shift, scale), (gate,), (mlp_shift, mlp_scale), (mlp_gate,) = spread
-        attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, history, stream)
-        x = x + gate * attended
-        h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
-        return x + mlp_gate * self.mlp_out(h), kv
-
-    def _attention(self, x, history, stream: _Stream):
+    def _attention(self, x, cache: KV | None, context: _Context):
         qkv = self.qkv(x)
-        q = embeddings.apply_rope(self.norm_q(qkv[:, :, 0]), stream.angles, interleaved=True)
-        k = embeddings.apply_rope(self.norm_k(qkv[:, :, 1]), stream.angles, interleaved=True)
+        q = embeddings.apply_rope(self.norm_q(qkv[:, :, 0]), context.angles, interleaved=True)
+        k = embeddings.apply_rope(self.norm_k(qkv[:, :, 1]), context.angles, interleaved=True)
         v = qkv[:, :, 2]
-        if history is None:
-            y = attention.attend(q, k, v, stream.mask)
+        if cache is None:
+            y = attention.attend_layout(q, k, v, context.layout)
         else:
             # Positions beyond those of the masks are a last block that is alone, without history.
-            seen = stream.history_mask.shape[1]
+            seen = context.history_mask.shape[1]
             y = attention.attend_history(
-                q[:, :seen], k[:, :seen], v[:, :seen], history, stream.history_mask, stream.mask
+                q[:, :seen], k[:, :seen], v[:, :seen], cache, context.history_mask, context.own_mask
             )
             if seen < x.shape[1]:
                 alone = attention.attend(q[:, seen:], k[:, seen:], v[:, seen:])
                 y = jnp.concatenate([y, alone], axis=1)
         return self.out(y.reshape(*x.shape[:2], -1)), (k, v)
+
+
+def _row(table: Array, index: Array) -> Array:
+    """Modulations [1, 2, parts, C] of t = 0, the table's last row, and of row ``index``."""
+    return jnp.stack([table[-1], table[index]])[None]
+
+
+def _clean(x: Array, context: _Context) -> int:
+    """How many positions of a row are the clean copy that noisy ones follow."""
+    return context.layout.length if context.layout and x.shape[1] > context.layout.length else 0
 
 
 class BlockCausalDiT(nn.Module):
@@ -177,7 +179,11 @@ class BlockCausalDiT(nn.Module):
             self.no_history = self.param("no_history", init, (config.dim,))
 
     def _time(self, times: Float[Array, "B M"]):
-        """Activated time embedding, [B, M, E]."""
+        """Activated embeddings of t = 0 and of the times, [B, 1 + M, E]."""
+        times = jnp.concatenate([jnp.zeros_like(times[:, :1]), times], axis=1)
+        return self._embed(times)
+
+    def _embed(self, times: Float[Array, "B M"]):
         h = self.time_in(embeddings.time_features(times))
         return nn.silu(self.time_out(nn.silu(self.time_hidden(nn.silu(h)))))
 
@@ -202,24 +208,15 @@ class BlockCausalDiT(nn.Module):
         return carry, tuple(outputs)
 
     def _output(self, x, context: _Context, table: Array | None = None):
-        pinned = context.noisy.pinned
-        if table is None:
-            values = self.out_modulation(context.noisy.time)
-            zero = values if pinned is None else self.out_modulation(context.time_zero)
-        else:
-            values, zero = table[context.index][None, None], table[-1][None, None]
-        shift, scale = _spread(values, zero, pinned, x.shape[1])
+        values = self.out_modulation(context.time) if table is None else _row(table, context.index)
+        clean = _clean(x, context)
+        x, pinned = x[:, clean:], None if context.pinned is None else context.pinned[:, clean:]
+        shift, scale = _spread(values, pinned, x.shape[1], 0)
         velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
         return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
 
     def _angles(self, positions):
         return embeddings.rope_angles(positions, self.config.rope_dim, self.config.rope_theta)
-
-    def _zero(self):
-        return self._time(jnp.zeros((1, 1)))
-
-    def _blocks(self, per_block: Bool[Array, "B G"], length: int) -> Bool[Array, "B N"]:
-        return jnp.repeat(per_block, length // per_block.shape[1], axis=1)
 
     def __call__(
         self,
@@ -243,14 +240,11 @@ class BlockCausalDiT(nn.Module):
         return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids)[1]
 
     def _sequence(self, latents, times, pinned, segment_ids):
-        length = latents.shape[1]
+        config, length = self.config, latents.shape[1]
         positions = jnp.arange(length)[None]
-        mask = masks.block_causal(length, self.config.block_size)
-        if segment_ids is not None:
-            mask = mask & masks.same_segment(segment_ids, segment_ids)
-        stream = _Stream(self._time(times), pinned, self._angles(positions), mask)
-        context = _Context(stream, None, self._zero())
-        (x, _), kv = self._apply_layers((self._input(latents, positions), None), None, context)
+        layout = attention.Layout(length, config.block_size, segment_ids, config.attention_kernel)
+        context = _Context(self._time(times), pinned, self._angles(positions), layout)
+        x, kv = self._apply_layers(self._input(latents, positions), None, context)
         return self._output(x, context), kv
 
     def denoise(
@@ -273,36 +267,28 @@ class BlockCausalDiT(nn.Module):
           drop_history: noisy blocks, G = Q / K, that see no history and carry the no-history vector.
         """
         config, length, total = self.config, history.shape[1], noisy.shape[1]
-        copies = total // length
-        clean_mask = masks.block_causal(length, config.block_size)
-        history_mask = masks.block_causal(length, config.block_size, strict=True)
-        block_mask = jnp.ones((1, 1, config.block_size, config.block_size), bool)
-        if segment_ids is not None:
-            same = masks.same_segment(segment_ids, segment_ids)
-            clean_mask, history_mask = clean_mask & same, history_mask & same
-            by_block = segment_ids.reshape(segment_ids.shape[0], -1, config.block_size)
-            block_mask = by_block[..., :, None] == by_block[..., None, :]
-        block_mask = jnp.broadcast_to(
-            block_mask, (block_mask.shape[0], length // config.block_size, *block_mask.shape[2:])
-        )
-        history_mask, block_mask = jnp.tile(history_mask, (1, copies, 1)), jnp.tile(block_mask, (1, copies, 1, 1))
-        dropped = None
+        copies, batch = total // length, noisy.shape[0]
+        if length % (total // times.shape[1]):  # stretches longer than a copy
+            times = jnp.repeat(times, total // times.shape[1], axis=1)
+        ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        noisy_ids, dropped = jnp.tile(ids, (1, copies)), None
         if drop_history is not None:
-            dropped = self._blocks(drop_history, total)
-            history_mask = history_mask & ~dropped[:, :, None]
-        positions = jnp.arange(length)[None]
-        noisy_positions = jnp.tile(positions, (1, copies))
-        zero = self._zero()
-        clean_stream = _Stream(zero, None, self._angles(positions), clean_mask)
-        stream = _Stream(self._time(times), pinned, self._angles(noisy_positions), block_mask, history_mask)
-        carry = (self._input(noisy, noisy_positions, dropped), self._input(history, positions))
-        context = _Context(stream, clean_stream, zero)
-        (x, _), _ = self._apply_layers(carry, None, context)
+            dropped = jnp.repeat(drop_history, total // drop_history.shape[1], axis=1)
+            noisy_ids = jnp.where(dropped, -1 - noisy_ids, noisy_ids)  # ids that no clean position has
+            dropped = jnp.pad(dropped, ((0, 0), (length, 0)))
+        if pinned is not None:
+            pinned = jnp.pad(pinned, ((0, 0), (length, 0)))
+        ids = jnp.concatenate([ids, noisy_ids], axis=1)
+        positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
+        layout = attention.Layout(length, config.block_size, ids, config.attention_kernel)
+        context = _Context(self._time(times), pinned, self._angles(positions), layout)
+        row = jnp.concatenate([history, noisy], axis=1)
+        x, _ = self._apply_layers(self._input(row, positions, dropped), None, context)
         return self._output(x, context)
 
     def modulations(self, times: Float[Array, " M"]) -> Modulations:
         """All modulations for a grid of times in [0, 1], whose last must be 0; for `extend`."""
-        time = self._time(times[None])
+        time = self._embed(times[None])
         _, layers = self._apply_layers(None, None, time, method="modulations")
         first = (lambda x: x[:, 0]) if self.stacked else (lambda x: x[0])
         return Modulations(jax.tree.map(first, layers), self.out_modulation(time)[0])
@@ -338,19 +324,17 @@ class BlockCausalDiT(nn.Module):
         own_mask = jnp.ones((1, length, length), bool) if own_mask is None else own_mask
         seen = own_mask.shape[1]
         history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, seen, cache_mask.shape[1]))
-        embedded, zero, index, tables = None, None, None, (None, None)
+        embedded, index, tables = None, None, (None, None)
         if modulations is None:
-            embedded, zero = self._time(jnp.reshape(time, (-1, 1))), self._zero()
+            embedded = self._time(jnp.reshape(time, (-1, 1)))
         else:
             index, tables = time, modulations
-        stream = _Stream(embedded, pinned, self._angles(positions), own_mask[:, None], history_mask)
-        context = _Context(stream, None, zero, index)
+        context = _Context(embedded, pinned, self._angles(positions), None, own_mask[:, None], history_mask, index)
         dropped = None
         if seen < length and self.config.no_history_vector:
             dropped = jnp.broadcast_to(jnp.arange(length)[None] >= seen, (batch, length))
-        carry = (self._input(latents, positions, dropped), None)
         layers = tables[0] if self.stacked or tables[0] is not None else (None,) * self.config.num_layers
-        (x, _), kv = self._apply_layers(carry, (cache, layers), context)
+        x, kv = self._apply_layers(self._input(latents, positions, dropped), (cache, layers), context)
         return self._output(x, context, tables[1]), kv
 
 

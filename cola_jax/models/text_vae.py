@@ -23,10 +23,11 @@ _ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=
 
 
 class _Context(NamedTuple):
-    """What all layers share: rotation angles and masks. ``history_mask`` only with a cache."""
+    """What all layers share: rotation angles, and who sees whom: a layout, or masks where there is a cache."""
 
     angles: Array
-    mask: Array
+    layout: attention.Layout | None = None
+    own_mask: Array | None = None
     history_mask: Array | None = None
 
 
@@ -62,9 +63,9 @@ class Layer(nn.Module):
         k = embeddings.apply_rope(k.reshape(shape), context.angles, interleaved=False, full_precision=full)
         v = v.reshape(shape)
         if history is None:
-            y = attention.attend(q, k, v, context.mask)
+            y = attention.attend_layout(q, k, v, context.layout)
         else:
-            y = attention.attend_history(q, k, v, history, context.history_mask, context.mask[:, None])
+            y = attention.attend_history(q, k, v, history, context.history_mask, context.own_mask)
         out = Linear((config.dim,), ("heads", "embed"), use_bias=config.bias, dtype=self.dtype, name="attn_out_proj")
         return out(y.reshape(x.shape)), (k, v)
 
@@ -79,10 +80,12 @@ class Layer(nn.Module):
 
 def _context(config: VAEConfig, length: int, segment_ids) -> _Context:
     positions = jnp.arange(length)[None]
-    mask = masks.causal(length) if config.attention == "causal" else masks.block_causal(length, config.block_size)
-    if segment_ids is not None:
-        mask = mask & masks.same_segment(segment_ids, segment_ids)
-    return _Context(embeddings.rope_angles(positions, config.head_dim, config.rope_theta), mask)
+    layout = attention.Layout(length, _attention_block(config), segment_ids, config.attention_kernel)
+    return _Context(embeddings.rope_angles(positions, config.head_dim, config.rope_theta), layout)
+
+
+def _attention_block(config: VAEConfig) -> int:
+    return 1 if config.attention == "causal" else config.block_size
 
 
 class Encoder(nn.Module):
@@ -247,9 +250,9 @@ class TextVAE(nn.Module):
         """
         config, length = self.config, latents.shape[1]
         angles = embeddings.rope_angles(positions, config.head_dim, config.rope_theta)
-        mask = _context(config, length, None).mask
+        own_mask = masks.block_causal(length, _attention_block(config))[:, None]
         history_mask = jnp.broadcast_to(cache_mask[:, None, :], (latents.shape[0], length, cache_mask.shape[1]))
-        return self.decoder(latents, _Context(angles, mask, history_mask), cache)
+        return self.decoder(latents, _Context(angles, None, own_mask, history_mask), cache)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation."""

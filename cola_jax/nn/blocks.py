@@ -67,6 +67,7 @@ class LayerNorm(nn.Module):
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -80,7 +81,8 @@ def scan_layers(
     on every leaf (or is None), ``context`` is shared by all layers, outputs are stacked.
 
     Args:
-      remat: what the backward pass computes again: "none", "full" (all), "dots" (all but matmul results).
+      remat: what the backward pass computes again: "none", "full" (all), "attention" (all but attention's output, and
+        with the splash kernel its sums), "dots" (all but matmul results).
       unroll: layers compiled one after another in each turn of the loop.
       methods: of the layer that the scan offers, all with the arguments and results of a call.
     """

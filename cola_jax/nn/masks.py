@@ -6,14 +6,21 @@ from jaxtyping import Array, Bool, Int
 
 def causal(length: int) -> Bool[Array, "1 N N"]:
     """Position i attends to positions <= i."""
-    index = jnp.arange(length)
-    return (index[:, None] >= index[None, :])[None]
+    return block_causal(length, 1)
 
 
 def block_causal(length: int, block_size: int, strict: bool = False) -> Bool[Array, "1 N N"]:
     """Position i attends to its own block and earlier ones; ``strict``: to earlier ones only."""
-    block = jnp.arange(length) // block_size
-    return (block[:, None] > block[None, :] if strict else block[:, None] >= block[None, :])[None]
+    index = jnp.arange(length)
+    return blocks(index, index, block_size, strict)
+
+
+def blocks(
+    query: Int[Array, " N"], key: Int[Array, " M"], block_size: int, strict: bool = False
+) -> Bool[Array, "1 N M"]:
+    """`block_causal` between any positions of a sequence."""
+    query, key = query[:, None] // block_size, key[None, :] // block_size
+    return (query > key if strict else query >= key)[None]
 
 
 def same_segment(query: Int[Array, "B N"], key: Int[Array, "B M"]) -> Bool[Array, "B N M"]:

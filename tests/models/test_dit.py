@@ -157,7 +157,7 @@ def test_cached_blocks_equal_the_training_layout(stacked):
     assert_close(from_table[:1], out[:1], 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
 def test_layers_are_computed_again_where_told(remat):
     """That values and gradients stay the same is shown of `scan_layers`; here, that the option arrives there."""
     model, params = create()

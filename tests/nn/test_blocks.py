@@ -85,7 +85,7 @@ def test_scan_draws_every_layer_differently():
     assert not np.any(kernel[0] == kernel[1])
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_remat_changes_neither_values_nor_gradients_but_what_is_kept(remat):
     def kept_and_gradients(remat):
         layers, params, arguments = stack(remat)

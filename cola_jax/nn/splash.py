@@ -1,0 +1,105 @@
+"""Attention of a `Layout` by JAX's TPU splash kernel: tiles of pairs that nobody sees are never computed.
+
+On other devices the kernel is interpreted: slow, for tests. It has no forward-mode derivative.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+LANES = 128  # rows are filled up to a multiple of this
+_PADDING = np.iinfo(np.int32).min  # a segment of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask(splash_attention.Mask):
+    """`Layout` without its segments, computed tile by tile."""
+
+    row: int
+    length: int
+    block_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row, self.row
+
+    def __getitem__(self, index) -> np.ndarray:
+        query, key = (np.arange(*part.indices(self.row)) for part in index)
+        query, key = query[:, None], key[None, :]
+        own_copy = query // self.length == key // self.length
+        query_block, key_block = query % self.length // self.block_size, key % self.length // self.block_size
+        return (key < self.length) & (key_block < query_block) | own_copy & (key_block == query_block)
+
+
+@functools.lru_cache(maxsize=32)
+def _kernel(heads: int, row: int, length: int, block_size: int, interpret: bool):
+    tile = max(size for size in (LANES, 2 * LANES) if row % size == 0)
+    sizes = splash_attention.BlockSizes(
+        **{f"block_{name}": tile for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")},
+        **{f"block_{name}": tile for name in ("q_dq", "kv_dq")},
+    )
+    mask = splash_attention.MultiHeadMask([_Mask(row, length, block_size)] * heads)
+    with jax.ensure_compile_time_eval():  # kept between traces: constants, not tracers
+        return splash_attention.make_splash_mha(
+            mask,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name="attention",
+            interpret=interpret,
+        )
+
+
+def attend(
+    q: Float[Array, "B R H C"],
+    k: Float[Array, "B R H C"],
+    v: Float[Array, "B R H C"],
+    segment_ids: Int[Array, "#B R"] | None,
+    length: int,
+    block_size: int,
+) -> Float[Array, "B R H C"]:
+    """Softmax attention under the `Layout` of these segments, length and block size."""
+    batch, row, heads, channels = q.shape
+    padded = row + -row % LANES
+    ids = jnp.zeros((1, row), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    ids = jnp.pad(ids, ((0, 0), (0, padded - row)), constant_values=_PADDING)
+    ids = jnp.broadcast_to(ids, (batch, padded))
+    q = q * jnp.asarray(channels**-0.5, q.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - row), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+    interpret = jax.default_backend() != "tpu"
+
+    def local(q, k, v, ids):
+        kernel = _kernel(q.shape[1], padded, length, block_size, interpret)
+        one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_attention.SegmentIds(ids, ids))  # noqa: E731
+        return jax.vmap(one)(q, k, v, ids)
+
+    out = _on_mesh(local, batch, heads)(q, k, v, ids)
+    return out.swapaxes(1, 2)[:, :row]
+
+
+def _on_mesh(function, batch: int, heads: int):
+    """``function`` on each device's own examples and heads: XLA does not partition a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    axes = nn.logical_to_mesh_axes(("batch", "heads"))
+
+    def size(axis) -> int:
+        return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ())]))
+
+    over_batch, over_heads = (a if n % size(a) == 0 else None for a, n in zip(axes, (batch, heads), strict=True))
+    array = PartitionSpec(over_batch, over_heads)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(array, array, array, PartitionSpec(over_batch)),
+        out_specs=array,
+        check_vma=False,
+    )

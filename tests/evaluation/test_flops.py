@@ -1,0 +1,71 @@
+"""FLOPs of a training step, counted in its program, against the cost model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from models.tiny_models import abstract
+
+from cola_jax import config as configs
+from cola_jax import rng
+from cola_jax.evaluation import benchmark
+from cola_jax.models import cola
+from cola_jax.objectives import stage2
+from cola_jax.train import metrics
+from configs import benchmark as benchmark_config
+from configs import paper_2b
+
+
+def per_token(config: configs.Config) -> float:
+    """FLOPs of the gradient of stage 2 for each token of a batch."""
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, remat="none"))
+    model = cola.create(config.vae, config.dit, config.train.compute_dtype)
+    params, trained = abstract(model), ("dit",) if config.stage2.strategy == "fix_vae" else ("dit", "vae")
+    length = config.data.sequence_length
+    row, keys = (
+        jax.ShapeDtypeStruct((2, length), jnp.int32),
+        jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(2))),
+    )
+
+    def loss(active, params, tokens, segments, keys):
+        merged = {"params": params["params"] | active}
+        reference = params if "vae" in trained else None
+        batch = {"tokens": tokens, "segment_ids": segments}
+        terms = stage2.terms(model, config, merged, batch, keys, reference).values()
+        return sum(term.coefficient * jnp.sum(term.value) for term in terms if term.coefficient)
+
+    active = {name: params["params"][name] for name in trained}
+    return benchmark.count_flops(jax.value_and_grad(loss), active, params, row, row, keys) / (2 * length)
+
+
+def test_a_joint_step_of_the_full_model_costs_what_the_cost_model_says():
+    """19.0 GFLOP a token."""
+    config = configs.parse(paper_2b.get_config())
+    assert per_token(config) == pytest.approx(19.0e9, rel=0.1)
+    assert per_token(config) == pytest.approx(metrics.flops_per_token(config, 2), rel=0.1)
+
+
+def test_a_step_of_the_benchmark_costs_what_its_share_of_matmul_is_computed_from():
+    config = configs.parse(benchmark_config.get_config())
+    assert per_token(config) == pytest.approx(metrics.flops_per_token(config, 2), rel=0.1)
+
+
+def test_the_count_is_the_compiler_s_and_loops_count_as_often_as_they_run():
+    a = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+
+    def once(x):
+        return x @ x @ x
+
+    def looped(x):
+        return jax.lax.scan(jax.checkpoint(lambda c, _: (jnp.sin(c @ x), None)), x, None, length=5)[0].sum()
+
+    compiled = jax.jit(once).lower(a).compile().cost_analysis()["flops"]
+    assert benchmark.count_flops(once, a) == pytest.approx(compiled, rel=1e-6) == 2 * 2 * 32**3
+    assert benchmark.count_flops(looped, a) == 5 * 2 * 32**3
+    # Forward, forward again (rematerialised), and two products backward.
+    assert benchmark.count_flops(jax.grad(looped), a) == 5 * 4 * 2 * 32**3
+    branch = lambda x: jax.lax.cond(x[0, 0] > 0, once, lambda x: x, x)  # noqa: E731
+    assert benchmark.count_flops(branch, a) == 2 * 2 * 32**3
+    with pytest.raises(ValueError, match="while loop"):
+        benchmark.count_flops(lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, once, x), a)

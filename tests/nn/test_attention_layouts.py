@@ -1,0 +1,89 @@
+"""Attention of rows of copies, in both kernels, against attention under a dense mask written out pair by pair."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.tiny_models import assert_close, jit, normal
+
+from cola_jax.nn import attention
+
+HEADS, CHANNELS, BATCH = 2, 4, 2
+
+
+def visible(row: int, length: int, size: int, ids) -> np.ndarray:
+    """[B, R, R] bool, by the words of `Layout`."""
+    mask = np.zeros((len(ids), row, row), bool)
+    for i in range(row):
+        for j in range(row):
+            (copy, at), (other, place) = divmod(i, length), divmod(j, length)
+            earlier = other == 0 and place // size < at // size
+            mask[:, i, j] = (earlier or copy == other and place // size == at // size) & (ids[:, i] == ids[:, j])
+    return mask
+
+
+def row_segments(draw, length: int, copies: int, dropped_block: int | None):
+    """Documents of random lengths; a block of the noisy copies may have ids of its own (its history is dropped)."""
+    ids = np.cumsum(draw.random((BATCH, length)) < 3 / length, axis=1)
+    ids = np.tile(ids, (1, 1 + copies))
+    if dropped_block is not None:
+        ids[:, dropped_block] = -1 - ids[:, dropped_block]
+    return ids.astype(np.int32)
+
+
+@functools.partial(jit, static_argnums=0)
+def value_and_gradients(function, arrays, weights):
+    value, backward = jax.vjp(function, *arrays)
+    return value, backward(weights)
+
+
+def check(layout, row, mask):
+    arrays = [normal(BATCH, row, HEADS, CHANNELS, seed=i) for i in range(3)]
+    weights = normal(BATCH, row, HEADS, CHANNELS, seed=9)
+    found = value_and_gradients(lambda *x: attention.attend_layout(*x, layout), arrays, weights)
+    wanted = value_and_gradients(lambda *x: attention.attend(*x, jnp.asarray(mask)), arrays, weights)
+    jax.tree.map(lambda a, b: assert_close(a, b, 2e-5), found, wanted)
+
+
+CASES = [  # length, block size, noisy copies: several chunks of 128 in the longer ones
+    (5, 2, 0),
+    (12, 4, 2),
+    (16, 16, 1),
+    (136, 1, 0),
+    (300, 7, 0),
+    (144, 16, 1),
+    (270, 10, 1),
+    (130, 130, 1),
+]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize(("length", "size", "copies"), CASES)
+def test_kernels_equal_dense_attention_values_and_gradients(length, size, copies, kernel):
+    draw, row = np.random.default_rng(length), length * (1 + copies)
+    dropped = slice(length + size, length + 2 * size) if copies and length > size else None
+    ids = row_segments(draw, length, copies, dropped)
+    layout = attention.Layout(length, size, jnp.asarray(ids), kernel)
+    check(layout, row, visible(row, length, size, ids))
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_without_segments_all_are_of_one_document(kernel):
+    check(attention.Layout(8, 4, None, kernel), 16, visible(16, 8, 4, np.zeros((BATCH, 16))))
+
+
+def test_the_splash_kernel_runs_on_each_device_s_examples_and_heads():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    arrays = [normal(BATCH, 16, HEADS, CHANNELS, seed=i) for i in range(3)]
+    layout = attention.Layout(8, 4, None, "splash")
+    expected = jit(attention.attend_layout)(*arrays, layout)
+    home = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"), ("heads", "tensor"))):
+        program = jit(attention.attend_layout).lower(*jax.device_put(arrays, home), layout).compile()
+    actual = program(*jax.device_put(arrays, home), layout)
+    assert_close(actual, expected, 1e-6)
+    assert actual.sharding.is_equivalent_to(home, 4)
+    assert "all-gather" not in program.as_text()
