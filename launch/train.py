@@ -2,7 +2,9 @@
 
     python launch/train.py --config=configs/quickstart.py
 
-The same command goes on with a run that was stopped. Everything is kept in --workdir.
+The same command goes on with a run that was stopped. Everything is kept in --workdir. On TPU VMs and in SLURM steps
+every process of the run finds the others; elsewhere --coordinator=host:port --process_count=N --process_id=I.
+Exit status: 0 done, 2 bad input, 3 diverged, 75 stopped and saved, or another process lost: start again, 76 hung.
 """
 
 import functools
@@ -10,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -17,10 +20,10 @@ from cola_jax import cli, rng, sampling
 from cola_jax.evaluation import stories, trained
 from cola_jax.train import loop
 
-say = functools.partial(print, flush=True)
-
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: runs/<name of the config>")
+_PROFILE = cli.profile_flag()
+_START = cli.machine_flags()
 
 
 def make_sampler(parts: loop.Parts) -> loop.Sampler:
@@ -38,19 +41,23 @@ def make_sampler(parts: loop.Parts) -> loop.Sampler:
 
 
 def main() -> None:
+    _START()
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
     config = cli.read_config(_CONFIG)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
+    profile_steps = _PROFILE()
     loop.claim_workdir(config, workdir)
     parts = loop.build(config, workdir)
     started = time.monotonic()
-    loop.train(config, workdir, parts, make_sampler(parts))
+    loop.train(config, workdir, parts, make_sampler(parts), profile_steps=profile_steps)
     say(f"training took {time.monotonic() - started:.0f} s")
     if config.data.corpus == "stories" and config.sample.report_stories and config.stage2.steps:
         run = trained.load(str(workdir))
         settings = trained.settings(config, run.tokenizer)
         report = stories.report(run, settings, config.sample.report_stories, config.seed, say)
-        (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if jax.process_index() == 0:  # the others have computed the same
+            (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         say(f"checkpoints, metrics and report.json are in {workdir}")
 
 
