@@ -1,6 +1,6 @@
 """What every binary shares: flags, the config flag, and errors told in one line.
 
-Exit status: 0 done, 2 something the user can fix, 3 training diverged, 128 + signal if stopped by one.
+Exit status: see `cola_jax.train.interrupts`.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cola_jax import config as configs
 from cola_jax import sampling
 from cola_jax.evaluation import trained
-from cola_jax.train import loop
+from cola_jax.train import distributed, interrupts, loop
 from cola_jax.types import UserError
 
 
@@ -80,6 +81,39 @@ def sampling_flags() -> Callable[[sampling.Settings], sampling.Settings]:
     return apply
 
 
+def machine_flags() -> Callable[[], None]:
+    """Defines the flags of runs of several processes and of the compilation cache; returns a function that acts on
+    them, to be called before anything touches a device. It may end the process (`distributed.initialize`).
+    """
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0; TPU VMs and SLURM need no flags")
+    count = flags.DEFINE_integer("process_count", None, "processes of the run")
+    index = flags.DEFINE_integer("process_id", None, "of this process, from 0")
+    timeout = flags.DEFINE_float("join_timeout", distributed.JOIN_TIMEOUT, "seconds to wait for the other processes")
+    cache = flags.DEFINE_string("compilation_cache", None, "directory that keeps compiled programs; default: none")
+
+    def start() -> None:
+        if cache.value:
+            jax.config.update("jax_compilation_cache_dir", str(Path(cache.value).expanduser().absolute()))
+        distributed.initialize(coordinator.value, count.value, index.value, timeout.value)
+
+    return start
+
+
+def profile_flag() -> Callable[[], tuple[int, int] | None]:
+    """Defines ``--profile_steps=100:105``; returns a function that gives the first and the last step."""
+    flag = flags.DEFINE_string("profile_steps", None, "FIRST:LAST step of the last stage, traced into WORKDIR/profile")
+
+    def read() -> tuple[int, int] | None:
+        if flag.value is None:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", flag.value)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise UserError(f"--profile_steps = {flag.value}: allowed is FIRST:LAST with 1 <= FIRST <= LAST")
+        return int(found[1]), int(found[2])
+
+    return read
+
+
 def read_config(flag) -> configs.Config:
     """The validated config of a parsed `config_flag`.
 
@@ -127,9 +161,9 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # a config file is Python: parsing it raises anything
-        _fail(_parse_error(error, argv), 2)
+        _fail(_parse_error(error, argv), interrupts.BAD_INPUT)
     if len(rest) > 1 and not arguments:
-        _fail(f"unexpected argument {rest[1]!r}: allowed are flags, --name=value", 2)
+        _fail(f"unexpected argument {rest[1]!r}: allowed are flags, --name=value", interrupts.BAD_INPUT)
     return rest
 
 
@@ -168,11 +202,17 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
         try:
             main(*([argv[1:]] if arguments else []))
         except UserError as error:
-            _fail(str(error), 2)
+            _fail(str(error), interrupts.BAD_INPUT)
         except loop.NonFiniteLoss as error:
-            _fail(str(error), 3)
+            _fail(str(error), interrupts.DIVERGED)
         except loop.Interrupted as error:
             print(str(error), flush=True)
-            sys.exit(128 + error.signum)
+            sys.exit(error.status)
+        except Exception as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            print(f"error: another process is lost; the same command goes on ({reason})", file=sys.stderr, flush=True)
+            os._exit(interrupts.RESTART)  # an orderly end would wait for the lost process
 
     app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments))

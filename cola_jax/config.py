@@ -268,12 +268,17 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulation: int = 1  # microbatches a step
     ema: float = 0.0  # decay of the parameters' moving average, used for evaluation and sampling; 0: none
+    spike_factor: float = 0.0  # a gradient norm above so many times its running average is a spike; 0: nothing is
+    max_skipped: int = 0  # updates in a row that a spike or a value that is not finite may cost; one more stops the run
 
     def validate(self, part: str) -> None:
         _require(self.learning_rate > 0, f"{part}.learning_rate", self.learning_rate, "a positive number")
         _require_at_least(0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay")
         _require(self.clip_norm > 0, f"{part}.clip_norm", self.clip_norm, "a positive number")
         _require_at_least(1, part, self, "accumulation")
+        _require_at_least(0, part, self, "max_skipped")
+        allowed = "0 or a number above 1"
+        _require(self.spike_factor == 0 or self.spike_factor > 1, f"{part}.spike_factor", self.spike_factor, allowed)
         for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{part}.{name}", value, "a number from 0 to below 1")
@@ -295,11 +300,14 @@ class TrainConfig:
     mesh_data: int = 0  # devices along each mesh axis; 0 (one axis at most): all that are left
     mesh_fsdp: int = 1
     mesh_tensor: int = 1
+    hang_timeout: float = 0.0  # seconds without the end of a step (the first one compiles) that end a process; 0: never
+    peak_flops: float = 0.0  # FLOP/s of a device in bfloat16, for the MFU; 0: known devices only
 
     def validate(self) -> None:
         _require_at_least(1, "train", self, "log_every", "eval_every", "eval_batches", "checkpoint_every")
         _require_at_least(1, "train", self, "keep_checkpoints")
         _require_at_least(0, "train", self, "sample_every", "num_samples", "mesh_data", "mesh_fsdp", "mesh_tensor")
+        _require_at_least(0, "train", self, "hang_timeout", "peak_flops")
         _require_choice("train", self, "compute_dtype", ("float32", "bfloat16"))
         axes = (self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
         _require(axes.count(0) <= 1, "train.mesh_*", axes, "at most one axis of 0 (all devices that are left)")

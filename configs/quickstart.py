@@ -37,9 +37,9 @@ it. Held out after stage 2; reconstruction 100.0 % in all. A flow loss compares 
 
 One seed each. Without the reference term the encoder lets the flow loss vanish (0.010) and with it what the prior can
 learn: hence lambda_ref > 0. A large beta buries the latents in noise that the prior has to reproduce; beta 0 was best
-in these 800 steps, at a logSNR of 7.2. Between the other rows the intervals overlap. In the quickstart itself (fixed VAE,
-2,600 steps, seed 2) --config.stage1.kl_weight=0 gave 97.3 % valid and 85.2 % coherent [81.8, 88.0] of 512 stories in
-499 s of training, against 80.3 % [76.6, 83.5] with beta 1e-3: one seed, so the default stays.
+in these 800 steps, at a logSNR of 7.2. Between the other rows the intervals overlap. In the quickstart itself (fixed
+VAE, 2,600 steps, seed 2) --config.stage1.kl_weight=0 gave 97.3 % valid and 85.2 % coherent [81.8, 88.0] of 512 stories
+in 499 s of training, against 80.3 % [76.6, 83.5] with beta 1e-3: one seed, so the default stays.
 """
 
 from configs import default

@@ -1,34 +1,32 @@
 """Checkpoints that are verified when read: parameters, optimizer, data position and config of one step together.
 
-A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, reference) and
-"meta" (config, data position, data fingerprint, a hash of every array, a checksum of itself). Orbax writes it under
-a temporary name and renames it, so a process killed at any time leaves the earlier steps as they were. Orbax has
-no checksums over arrays: one flipped bit would load silently. Hence the hashes.
+A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, reference, guard),
+"meta" (config, data position, data fingerprint, a hash of every array, a checksum of itself) and "files" (checksums of
+the files of the others). Orbax writes it under a temporary name and renames it, so a process killed at any time leaves
+the earlier steps as they were. What proves that a step is intact is in `verified`.
 """
 
 import asyncio
 import functools
-import gc
 import json
 import math
-import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from cola_jax import config as configs
+from cola_jax.train import verified
 from cola_jax.train.state import TrainState
 from cola_jax.types import LazyArray, Params, PyTree, UserError
 
+_COMMIT_TIMEOUT = 1200  # seconds that a process waits for the others to have written their part of a step
 _ARRAY_ITEMS = ("params", "ema", "training")
 
 
@@ -49,94 +47,9 @@ def _flat(tree: PyTree) -> dict:
 
 def _items(state: TrainState) -> dict[str, dict]:
     """The arrays of a state (or of its abstract form), by item and name."""
-    training = {"step": state.step, "opt_state": state.opt_state, "reference": state.reference}
+    training = {"step": state.step, "opt_state": state.opt_state, "reference": state.reference, "guard": state.guard}
     items = {"params": _flat(state.params["params"]), "training": _flat(training)}
     return items if state.ema is None else {**items, "ema": _flat(state.ema)}
-
-
-def _array_hash(x: jax.Array) -> jax.Array:
-    """``sum_i w_i x_i`` over the bits of the elements, modulo 2^32, with odd pseudo-random weights w_i.
-
-    Integer sums do not depend on order, so every mesh and number of processes gives the same value; odd weights
-    make the change of any one bit visible.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    mixed = index * jnp.uint32(0x9E3779B1)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-    return jnp.sum(bits * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
-
-
-@jax.jit
-def _hash_all(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_array_hash(x) for x in arrays])
-
-
-def _hashes(items: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
-    names = [(item, name) for item, arrays in items.items() for name in arrays]
-    values = np.asarray(_hash_all([items[item][name] for item, name in names]))
-    found = {item: {} for item in items}
-    for (item, name), value in zip(names, values, strict=True):
-        found[item][name] = int(value)
-    return found
-
-
-def _checksum(body: dict) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
-
-
-def step_directories(directory: Path) -> list[int]:
-    """The steps saved under a stage's directory, newest first."""
-    if not directory.is_dir():
-        return []
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
-
-
-def _newest_valid(directory: Path, read: Callable[[Path], PyTree], report: Callable[[str], None]):
-    """``(step, read(path of the step))`` of the newest step that can be read, or None; reports the others."""
-    hook = sys.unraisablehook
-    # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
-    sys.unraisablehook = lambda _: None
-    try:
-        for step in step_directories(directory):
-            try:
-                return step, read(directory / str(step))
-            except UserError:
-                raise
-            except Exception as error:  # a damaged file raises whatever its reader raises
-                failure = _one_line(error)
-            gc.collect()
-            report(f"checkpoint {directory / str(step)} is damaged and not used: {failure}")
-        return None
-    finally:
-        sys.unraisablehook = hook
-
-
-def _read_meta(path: Path) -> dict:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        meta = checkpointer.restore(path / "meta")
-    if _checksum(meta["body"]) != meta["checksum"]:
-        raise ValueError("its description does not match its checksum")
-    return meta["body"]
-
-
-def _read_arrays(path: Path, item: str, target: dict[str, jax.ShapeDtypeStruct], hashes: dict) -> dict:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        arrays = checkpointer.restore(path / item, args=ocp.args.StandardRestore(target))
-    for name, value in _hashes({item: arrays})[item].items():
-        if value != hashes[name]:
-            raise ValueError(f"{item} {name} does not match its hash")
-    return arrays
 
 
 def _check_shapes(path: Path, items: dict[str, dict[str, jax.ShapeDtypeStruct]], saved: dict) -> None:
@@ -161,12 +74,14 @@ class Checkpoints:
         handlers = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
+            # "files" is the last: it sees the others complete.
+            item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler(), "files": verified.FilesHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=LatestN(keep),
                 # What a killed process left half written; finished steps have no temporary name.
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(timeout_secs=_COMMIT_TIMEOUT),
             ),
         )
 
@@ -188,23 +103,28 @@ class Checkpoints:
             "config": configs.to_dict(config),
             "fingerprint": fingerprint,
             "data": data,
-            "hashes": _hashes(items),
+            "hashes": verified.hashes(items),
             "arrays": {k: {n: [list(x.shape), str(x.dtype)] for n, x in v.items()} for k, v in items.items()},
+            "files": True,
         }
         body = json.loads(json.dumps(body))  # what will be read back: tuples are lists
         arguments = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
-        meta = ocp.args.JsonSave({"body": body, "checksum": _checksum(body)})
+        meta = ocp.args.JsonSave({"body": body, "checksum": verified.checksum(body)})
         try:
-            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=meta), force=True)
+            self._manager.save(
+                step, args=ocp.args.Composite(**arguments, meta=meta, files=verified.FilesSave()), force=True
+            )
         except Exception as error:
-            raise UserError(f"checkpoint {self.directory / str(step)}: not saved: {_one_line(error)}") from error
+            raise UserError(
+                f"checkpoint {self.directory / str(step)}: not saved: {verified.one_line(error)}"
+            ) from error
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises UserError if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise UserError(f"checkpoint {self.directory}: not saved: {_one_line(error)}") from error
+            raise UserError(f"checkpoint {self.directory}: not saved: {verified.one_line(error)}") from error
 
     def close(self) -> None:
         """Waits and frees the background threads."""
@@ -232,13 +152,18 @@ class Checkpoints:
         """
         items = _items(target)
 
-        def read(path: Path) -> tuple[dict, dict]:
-            body = _read_meta(path)
+        def load(path: Path) -> tuple[dict, dict]:
+            body = verified.read_meta(path)
             _check_shapes(path, items, body["arrays"])
-            return body, {k: _read_arrays(path, k, v, body["hashes"][k]) for k, v in items.items()}
+            if body.get("files"):  # steps from before there were checksums of files have none
+                verified.check_files(path)
+            return body, {k: verified.read_arrays(path / k, v) for k, v in items.items()}
 
-        steps = step_directories(self.directory)
-        found = _newest_valid(self.directory, read, self._report)
+        def verify(loaded: tuple[dict, dict]) -> str | None:
+            return verified.mismatch(loaded[1], loaded[0]["hashes"])
+
+        steps = verified.step_directories(self.directory)
+        found = verified.newest_valid(self.directory, load, self._report, verify)
         if found is None:
             if steps:
                 raise UserError(f"checkpoint {self.directory}: none of the steps {steps} can be read; move them away")
@@ -274,7 +199,8 @@ def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> Tra
         opt_state=fill(target.opt_state, training, "opt_state/"),
         ema=None if target.ema is None else fill(target.ema, arrays["ema"]),
         reference=None if target.reference is None else fill(target.reference, training, "reference/"),
-        finite=jax.device_put(jnp.ones((), bool), target.finite.sharding),
+        finite=jax.jit(lambda: jnp.ones((), bool), out_shardings=target.finite.sharding)(),
+        guard=None if target.guard is None else fill(target.guard, training, "guard/"),
     )
 
 
@@ -320,7 +246,7 @@ def save_params(
 
     def note(name: str, array: jax.Array) -> None:
         nonlocal done
-        hashes[name] = _hashes({"params": {name: array}})["params"][name]
+        hashes[name] = verified.hashes({"params": {name: array}})["params"][name]
         done += array.nbytes
         progress(done, total)
 
@@ -339,11 +265,13 @@ def save_params(
         }
         body = json.loads(json.dumps(body))
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            checkpointer.save(place / "meta", args=ocp.args.JsonSave({"body": body, "checksum": _checksum(body)}))
+            checkpointer.save(
+                place / "meta", args=ocp.args.JsonSave({"body": body, "checksum": verified.checksum(body)})
+            )
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"checkpoint {place}: not saved: {_one_line(error)}") from error
+        raise UserError(f"checkpoint {place}: not saved: {verified.one_line(error)}") from error
 
 
 def load_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
@@ -359,19 +287,22 @@ def load_params(path: str | Path, report: Callable[[str], None] = print) -> Load
     directory, steps = _stage_directory(Path(path))
     home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def read(place: Path) -> tuple[dict, dict]:
-        body, params = _read_meta(place), {}
+    def load(place: Path) -> tuple[dict, dict]:
+        body, items = verified.read_meta(place), {}
         for item in ("params", "ema"):
             shapes = body["arrays"].get(item, {})
             target = {n: jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=home) for n, (s, d) in shapes.items()}
-            params.update(_read_arrays(place, item, target, body["hashes"][item]) if target else {})
-        return body, params
+            items |= {item: verified.read_arrays(place / item, target)} if target else {}
+        return body, items
 
-    found = _newest_valid(directory, read, report)
+    def verify(loaded: tuple[dict, dict]) -> str | None:
+        return verified.mismatch(loaded[1], loaded[0]["hashes"])
+
+    found = verified.newest_valid(directory, load, report, verify)
     if found is None:
         raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
-    step, (body, params) = found
-    return _loaded(directory, step, body, params)
+    step, (body, items) = found
+    return _loaded(directory, step, body, {**items["params"], **items.get("ema", {})})
 
 
 def open_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
@@ -382,7 +313,7 @@ def open_params(path: str | Path, report: Callable[[str], None] = print) -> Load
     """
     directory, steps = _stage_directory(Path(path))
     home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = _newest_valid(directory, _read_meta, report)
+    found = verified.newest_valid(directory, verified.read_meta, report)
     if found is None:
         raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
     step, body = found
@@ -397,9 +328,9 @@ def open_params(path: str | Path, report: Callable[[str], None] = print) -> Load
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 array = checkpointer.restore(place / item, args=restore)[name]
-            intact = _hashes({item: {name: array}})[item][name] == body["hashes"][item][name]
+            intact = verified.hashes({item: {name: array}})[item][name] == body["hashes"][item][name]
         except Exception as error:  # a damaged file raises whatever its reader raises
-            raise UserError(f"checkpoint {place}: {item} {name} cannot be read: {_one_line(error)}") from None
+            raise UserError(f"checkpoint {place}: {item} {name} cannot be read: {verified.one_line(error)}") from None
         if not intact:
             raise UserError(f"checkpoint {place}: {item} {name} does not match its hash")
         return array
@@ -414,8 +345,8 @@ def open_params(path: str | Path, report: Callable[[str], None] = print) -> Load
 
 def _stage_directory(path: Path) -> tuple[Path, list[int]]:
     path = path.absolute()
-    directory = path if step_directories(path) else path / "stage2"
-    steps = step_directories(directory)
+    directory = path if verified.step_directories(path) else path / "stage2"
+    steps = verified.step_directories(directory)
     if not steps:
         raise UserError(f"{path}: no checkpoint here; allowed is the directory of a run with stage2/<step>")
     return directory, steps

@@ -7,165 +7,42 @@ process stopped, with the same result, bit for bit, as if it had not stopped.
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cola_jax import config as configs
 from cola_jax import release, rng, sharding
 from cola_jax.config import Config
-from cola_jax.data import pipeline, tokenizers
-from cola_jax.models import cola
 from cola_jax.train import checkpoint as checkpoints
+from cola_jax.train import interrupts, setup
 from cola_jax.train import metrics as reports
-from cola_jax.train import setup
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
-from cola_jax.types import Key, Params, PyTree, UserError
+from cola_jax.train.interrupts import Interrupted
+from cola_jax.train.parts import Parts, build, claim_workdir, data_seed, flat
+from cola_jax.types import Params, PyTree, UserError
 
 # (stage, step, variables) -> texts
 Sampler = Callable[[int, int, Params], list[str]]
 
 
 class NonFiniteLoss(Exception):
-    """The loss or its gradient is not finite: training cannot go on."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.signum = signum
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of; tests put a toy in the place of the model.
-
-    Attributes:
-      config: with everything resolved (the vocabulary size).
-      init: variables of the whole model from a key, boxed with logical axes.
-      terms: of stage 1 and stage 2, ``(params, batch, keys, reference) -> {name: Term}``.
-      dataset: ``(split, seed) -> grain.IterDataset`` of batches.
-      fingerprint: ``seed -> dict``, what defines the order of the data.
-      difference: lines that tell two fingerprints apart.
-      model, tokenizer: for the sampler.
-    """
-
-    config: Config
-    init: Callable[[Key], Params]
-    terms: tuple[steps.TermsFn, steps.TermsFn]
-    dataset: Callable[[str, int], Any]
-    fingerprint: Callable[[int], dict]
-    difference: Callable[[dict, dict], list[str]]
-    model: Any = None
-    tokenizer: Any = None
-
-
-def build(config: Config, workdir: Path) -> Parts:
-    """The parts of a real run; trains the tokenizer if the run has none yet.
-
-    Raises:
-      UserError: see the tokenizers and the corpora.
-    """
-    tokenizer = tokenizers.create(config.data, workdir / "tokenizer.model")
-    config = dataclasses.replace(config, vae=cola.with_vocabulary(config.vae, tokenizer.vocab_size))
-    made = setup.model(config)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return Parts(
-        config=config,
-        init=made.init,
-        terms=made.terms,
-        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed, **share),
-        fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
-        difference=pipeline.difference,
-        model=made.model,
-        tokenizer=tokenizer,
-    )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in tree.items():
-        found.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return found
-
-
-def claim_workdir(config: Config, workdir: Path) -> None:
-    """Writes `config.json`, or checks that the run in this directory has the same config.
-
-    The mesh may differ: it says where a run is computed, not what.
-
-    Raises:
-      UserError: another config; names each field that differs. Nothing is touched.
-    """
-    path = workdir / "config.json"
-    now = json.loads(json.dumps(configs.to_dict(config)))
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not a JSON file ({error}); allowed is the file that the run wrote") from error
-        before, after = _flat(saved), _flat(now)
-        names = [name for name in {**before, **after} if not name.startswith("train.mesh_")]
-        fields = [name for name in names if before.get(name) != after.get(name)]
-        if fields:
-            changes = ", ".join(f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in fields)
-            raise UserError(f"{workdir}: holds a run with another config ({changes}); choose another --workdir")
-    elif jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir = {workdir}: allowed is a directory that can be made ({error})") from error
-        reports.write_atomically(path, json.dumps(now, indent=2).encode() + b"\n")
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT for the loop to act on between steps; a second one acts at once."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self._before = {}
-
-    def _note(self, signum, frame) -> None:
-        self.received = signum
-        signal.signal(signum, self._before[signum])
-
-    def __enter__(self) -> "_Signals":
-        if jax.process_count() > 1:
-            return self  # processes must agree on the step to stop at: see `Checkpoints.reached_preemption`
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[signum] = signal.signal(signum, self._note)
-            except ValueError:  # not in the main thread, where signals are handled
-                break
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-
-def data_seed(seed: int, stage: int) -> int:
-    """The seed of a stage's order of the data; the stages do not see the same order."""
-    return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+    """Training cannot go on: the loss or its gradient is not finite, or too many updates in a row were skipped."""
 
 
 class _Stage:
     """One stage of a run: its state, data, checkpoints and reports."""
 
-    def __init__(self, parts: Parts, workdir: Path, stage: int, mesh: Mesh, sampler, say, stop: _Signals):
+    def __init__(self, parts: Parts, workdir: Path, stage: int, mesh: Mesh, sampler, say, around: "_Around"):
         self._parts, self._config, self.number, self._mesh = parts, parts.config, stage, mesh
-        self._workdir, self._sampler, self._say, self._stop = workdir, sampler, say, stop
+        self._workdir, self._sampler, self._say, self._around = workdir, sampler, say, around
         self._setup = setup.stage(self._config, stage, parts.init)
         self.total, accumulation = self._setup.steps, self._setup.settings.accumulation
         sharding.check_batch(self._config.data.batch_size, accumulation, mesh, f"optimizer{stage}.accumulation")
@@ -176,6 +53,9 @@ class _Stage:
         self.state: states.TrainState | None = None
         self._position: str | None = None  # in the data, as JSON
         self._saved: int | None = None
+        self._skipped = 0
+        # Steps of the whole run: processes agree on one of them to stop after, and the stages count each from 0.
+        self._first_step = 0 if stage == 1 else self._config.stage1.steps
 
     def restore(self) -> bool:
         """Takes up the newest checkpoint of the stage; False if there is none."""
@@ -188,6 +68,8 @@ class _Stage:
             raise UserError(f"{self._workdir}: the data is not what this run began with ({', '.join(changes)})")
         # The position is the same for all processes (`pipeline`), so that their number may change.
         self._position, self._saved = body["data"], self.step
+        self._skipped = 0 if self.state.guard is None else int(self.state.guard.skipped)
+        self._around.watchdog.beat()
         return True
 
     def begin(self, vae: PyTree | None, dit: PyTree | None = None) -> None:
@@ -201,7 +83,7 @@ class _Stage:
             return {}
         loaded = release.load(path)[1] if release.is_released(path) else checkpoints.load_params(path).variables
         groups = {name: loaded["params"].get(name, {}) for name in self._target.params["params"]}
-        needed, given = _flat(self._target.params["params"]), _flat(groups)
+        needed, given = flat(self._target.params["params"]), flat(groups)
         for name in sorted(set(needed) | set(given)):
             shapes = [list(tree[name].shape) if name in tree else None for tree in (given, needed)]
             if shapes[0] != shapes[1]:
@@ -244,14 +126,14 @@ class _Stage:
             self._mesh,
             steps=self.total,
             seed=config.seed,
-            first_step=0 if self.number == 1 else config.stage1.steps,
+            first_step=self._first_step,
         )
         iterator = iter(parts.dataset("train", self._seed))
         if self._position is not None:
             iterator.set_state(json.loads(self._position))
-        flops = reports.flops_per_token(config, self.number)
+        cost = reports.cost(config, self.number, self._mesh.size)
         writer = reports.Writer(
-            self._workdir, self.number, self.step, self.total, flops, self._say, jax.process_index() == 0
+            self._workdir, self.number, self.step, self.total, cost, self._say, jax.process_index() == 0
         )
         try:
             self._loop(train_step, iterator, writer)
@@ -266,12 +148,15 @@ class _Stage:
         positions = collections.deque([(self.step, json.dumps(iterator.get_state()))], maxlen=3)
         pending = None
         while self.step < self.total:
+            self._around.profile.before(self.step + 1, self.number)
+            asked = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
                 raise UserError(f"data ended after {self.step} steps: allowed is a corpus with at least one batch")
+            waited = time.perf_counter() - asked
             self.state, values = train_step(self.state, sharding.put_batch(self._mesh, batch))
             self.step += 1
-            clock.count(int(np.count_nonzero(batch["segment_ids"])) * jax.process_count())
+            clock.count(int(np.count_nonzero(batch["segment_ids"])) * jax.process_count(), waited)
             positions.append((self.step, json.dumps(iterator.get_state())))
             if pending is not None:
                 self._guard(*pending, positions, writer)
@@ -280,11 +165,13 @@ class _Stage:
             is_log = last or self.step == 1 or self.step % settings.log_every == 0
             is_eval = last or self.step % settings.eval_every == 0
             is_save = last or self.step % settings.checkpoint_every == 0
-            stop = self._stop.received is not None or self._checkpoints.reached_preemption(self.step)
-            if warm and not (is_log or is_eval or is_save or stop):
+            stop = self._is_asked_to_stop()
+            is_profiled = self._around.profile.ends_after(self.step, self.number)
+            if warm and not (is_log or is_eval or is_save or stop or is_profiled):
                 continue
             self._guard(*pending, positions, writer)
             pending = None
+            self._around.profile.after(self.step, self.number)
             if not warm:  # the first step of a process is mostly compilation
                 clock.lap()
             if is_log:
@@ -299,8 +186,15 @@ class _Stage:
                 self._save(self.step, self.state, positions[-1][1])
             if stop and not last:
                 self._interrupt()
+            self._around.watchdog.beat()
             warm = True
             clock.start()
+
+    def _is_asked_to_stop(self) -> bool:
+        """After this step; in all processes or in none."""
+        if jax.process_count() > 1:
+            return self._checkpoints.reached_preemption(self._first_step + self.step)
+        return self._around.signals.received is not None
 
     def _evaluator(self) -> Callable[[states.TrainState], dict[str, float]]:
         """A function from state to metrics over the first held-out batches, which are read once."""
@@ -329,8 +223,20 @@ class _Stage:
             writer.samples(self.step, self._sampler(self.number, self.step, states.evaluation_params(self.state)))
 
     def _guard(self, step: int, values: dict, positions, writer: reports.Writer) -> None:
-        """Raises NonFiniteLoss if a step was not finite, with the state before it saved."""
-        if float(values["finite"]):
+        """Waits for the end of a step; reports a skipped update.
+
+        Raises:
+          NonFiniteLoss: the step cannot be done; the state before it is saved.
+        """
+        finite = float(values["finite"])
+        self._around.watchdog.beat()
+        shown = {name: float(values[name]) for name in ("loss", "grad_norm", "grad_norm_average") if name in values}
+        line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        if finite:
+            skipped = int(values.get("skipped", 0))
+            if skipped > self._skipped:
+                self._say(f"stage {self.number}  step {step}: update skipped, the {skipped}. of this stage ({line})")
+            self._skipped = skipped
             return
         good = int(self.state.step)
         writer.flush()
@@ -338,17 +244,37 @@ class _Stage:
             self._save(good, self.state, dict(positions)[good])
             self._checkpoints.wait()
         hidden = ("finite", "learning_rate")
-        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items() if name not in hidden)
+        line = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items() if name not in hidden)
+        what = "loss or gradient is not finite"
+        if np.isfinite(list(shown.values())).all():
+            what = f"gradient norm above {self._setup.settings.spike_factor:g} times its average"
+        if self._setup.settings.max_skipped:
+            what += f", {self._setup.settings.max_skipped} updates before it were skipped"
         where = f"the state after step {good} is saved" if good else "nothing is saved"
-        raise NonFiniteLoss(f"stage {self.number}, step {step}: loss or gradient is not finite ({shown}); {where}")
+        raise NonFiniteLoss(f"stage {self.number}, step {step}: {what} ({line}); {where}")
 
     def _interrupt(self) -> None:
         self._checkpoints.wait()
-        signum = self._stop.received or signal.SIGTERM
+        signum = self._around.signals.received or signal.SIGTERM
         name = signal.Signals(signum).name
         raise Interrupted(
             f"stopped by {name} after step {self.step} of stage {self.number}: saved; the same command goes on", signum
         )
+
+
+class _Around(contextlib.ExitStack):
+    """What goes on beside the steps of a run: signals, the watchdog, the profiler."""
+
+    def __init__(self, config: Config, workdir: Path, profile_steps: tuple[int, int] | None):
+        super().__init__()
+        self.signals = interrupts.Signals()
+        self.watchdog = interrupts.Watchdog(config.train.hang_timeout)
+        self.profile = reports.Profile(workdir / "profile", profile_steps, 2 if config.stage2.steps else 1)
+
+    def __enter__(self) -> "_Around":
+        for part in (self.signals, self.watchdog, self.profile):
+            self.enter_context(part)
+        return self
 
 
 def train(
@@ -357,35 +283,47 @@ def train(
     parts: Parts | None = None,
     sampler: Sampler | None = None,
     say: Callable[[str], None] | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> states.TrainState:
     """Runs both stages, or what is left of them.
 
+    In a run of several processes each of them calls this, with the same arguments, after `distributed.initialize`.
+
     Args:
       config: the run's.
-      workdir: where everything is kept; made if it does not exist.
+      workdir: where everything is kept; made if it does not exist. All processes see it.
       parts: what to train; None for the model and data of the config (`build`).
       sampler: generates texts in stage 2, every ``train.sample_every`` steps and at the end.
       say: prints a line; None for the console.
+      profile_steps: first and last step of the last stage that are profiled, into ``workdir/profile``.
 
     Returns:
       The final state of the last stage.
 
     Raises:
-      UserError: config, data or directory do not fit.
+      UserError: config, data or directory do not fit; nothing can be read or written (the disk is full, for example).
       NonFiniteLoss: training diverged.
       Interrupted: SIGTERM or Ctrl-C.
     """
     workdir = Path(workdir).absolute()
+    try:
+        return _train(config, workdir, parts, sampler, say, profile_steps)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"--workdir = {workdir}: cannot go on: {reason}; what was saved is as it was") from error
+
+
+def _train(config: Config, workdir: Path, parts, sampler, say, profile_steps) -> states.TrainState:
     claim_workdir(config, workdir)
     say = say or functools.partial(print, flush=True)
     if jax.process_index():
         say = _silent
-    with _Signals() as stop, contextlib.ExitStack() as opened:
+    with _Around(config, workdir, profile_steps) as around, contextlib.ExitStack() as opened:
         parts = parts or build(config, workdir)
         mesh = sharding.make_mesh(config.train)
 
         def open_stage(stage: int) -> _Stage:
-            return opened.enter_context(_Stage(parts, workdir, stage, mesh, sampler, say, stop))
+            return opened.enter_context(_Stage(parts, workdir, stage, mesh, sampler, say, around))
 
         last = open_stage(2 if config.stage2.steps else 1)
         if not last.restore():

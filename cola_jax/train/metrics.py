@@ -4,17 +4,21 @@
 leaves the same bytes as one that was not. Rates and durations go to `timing.jsonl`, which only grows.
 """
 
+import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import tensorboardX
 
 from cola_jax.config import Config
+from cola_jax.train import devices
 
-_HIDDEN = ("learning_rate", "latent_signal", "latent_noise", "grad_norm")  # not on the console line
+_HIDDEN = ("learning_rate", "latent_signal", "latent_noise")  # not on the console line, nor norms
 
 
 def _vae_flops(config: Config) -> tuple[float, float, float]:
@@ -110,30 +114,102 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Lap:
+    """Training steps in a row: their duration, real tokens, number, and the seconds in which they waited for data."""
+
+    seconds: float
+    tokens: int
+    steps: int
+    waited: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a stage computes (model FLOPs: nothing that is computed again counts).
+
+    Attributes:
+      flops_per_token: from `flops_per_token`.
+      tokens_per_step: of a batch, padding included.
+      flops_before: of the stages before.
+      peak_flops: FLOP/s of all devices of the mesh together; 0 if it is not known.
+    """
+
+    flops_per_token: float
+    tokens_per_step: int = 0
+    flops_before: float = 0.0
+    peak_flops: float = 0.0
+
+
+def cost(config: Config, stage: int, device_count: int) -> Cost:
+    """The `Cost` of a stage of a run on so many devices."""
+    tokens = config.data.batch_size * config.data.sequence_length
+    before = config.stage1.steps * tokens * flops_per_token(config, 1) if stage == 2 else 0.0
+    peak = config.train.peak_flops or devices.peak_flops(jax.devices()[0].device_kind)
+    return Cost(flops_per_token(config, stage), tokens, before, peak * device_count)
+
+
 class Clock:
     """Time spent in training steps: what happens between `stop` and `start` does not count."""
 
     def __init__(self):
-        self.seconds, self.tokens, self.steps, self._since = 0.0, 0, 0, None
+        self.seconds, self.tokens, self.steps, self.waited, self._since = 0.0, 0, 0, 0.0, None
 
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: int, waited: float) -> None:
         self.tokens += tokens
         self.steps += 1
+        self.waited += waited
 
     def stop(self) -> None:
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
         self._since = None
 
-    def lap(self) -> tuple[float, int, int]:
-        """(seconds, tokens, steps) since the last lap; stops the clock."""
+    def lap(self) -> Lap:
+        """What was counted since the last lap; stops the clock."""
         self.stop()
-        result = self.seconds, self.tokens, self.steps
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        result = Lap(self.seconds, self.tokens, self.steps, self.waited)
+        self.seconds, self.tokens, self.steps, self.waited = 0.0, 0, 0, 0.0
         return result
+
+
+class Profile:
+    """Records a window of training steps with JAX's profiler, for TensorBoard or XProf.
+
+    Args:
+      directory: where the trace goes.
+      steps: the first and the last step, from 1; None: nothing is recorded.
+      stage: whose steps they are.
+    """
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None, stage: int):
+        self._directory, self._steps, self._stage, self._active = directory, steps, stage, False
+
+    def before(self, step: int, stage: int) -> None:
+        """Begins with the first step of the window, or inside it where a run resumes there."""
+        if self._steps and stage == self._stage and not self._active and self._steps[0] <= step <= self._steps[1]:
+            jax.profiler.start_trace(str(self._directory))
+            self._active = True
+
+    def ends_after(self, step: int, stage: int) -> bool:
+        """Whether the window ends with this step: it has to be waited for."""
+        return self._active and stage == self._stage and step == self._steps[1]
+
+    def after(self, step: int, stage: int) -> None:
+        """Ends with the last step of the window, which has been waited for."""
+        if self.ends_after(step, stage):
+            self.__exit__()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._active:
+            jax.profiler.stop_trace()
+        self._active = False
 
 
 class Writer:
@@ -144,7 +220,7 @@ class Writer:
       stage: 1 or 2.
       first_step: the step that was restored; later lines of an earlier process are dropped.
       total_steps: of the stage.
-      flops: per token, from `flops_per_token`.
+      cost: of the stage.
       say: prints a line.
       active: False on all processes but one: then nothing is written.
     """
@@ -155,11 +231,11 @@ class Writer:
         stage: int,
         first_step: int,
         total_steps: int,
-        flops: float,
+        cost: Cost,
         say: Callable[[str], None] = print,
         active: bool = True,
     ):
-        self._stage, self._total, self._flops, self._say, self._active = stage, total_steps, flops, say, active
+        self._stage, self._total, self._cost, self._say, self._active = stage, total_steps, cost, say, active
         self._files = {}
         if not active:
             return
@@ -170,7 +246,9 @@ class Writer:
         self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def _append(self, name: str, step: int, **values) -> None:
-        json.dump({"stage": self._stage, "step": step, **values}, self._files[name])
+        # JSON has no infinity and no NaN.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        json.dump({"stage": self._stage, "step": step, **plain}, self._files[name])
         self._files[name].write("\n")
         self._files[name].flush()
 
@@ -178,7 +256,7 @@ class Writer:
         for name, value in values.items():
             self._events.add_scalar(f"stage{self._stage}/{kind}/{name}", value, step)
 
-    def train(self, step: int, values: dict[str, float], lap: tuple[float, int, int] | None) -> None:
+    def train(self, step: int, values: dict[str, float], lap: Lap | None) -> None:
         """Metrics of one training step; ``lap`` from `Clock.lap`, None where time means nothing (compilation)."""
         if not self._active:
             return
@@ -186,23 +264,41 @@ class Writer:
         self._append("metrics", step, kind="train", **values)
         self._scalars(step, "train", values)
         shown = [f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name)]
-        if lap is not None and lap[0] > 0 and lap[2]:
-            seconds, tokens, steps = lap
-            rate, left = tokens / seconds, (self._total - step) * seconds / steps
-            timing = {
-                "tokens_per_second": rate,
-                "flops_per_second": rate * self._flops,
-                "step_seconds": seconds / steps,
-            }
+        if lap is not None and lap.seconds > 0 and lap.steps:
+            timing = self._timing(step, lap)
             self._append("timing", step, **timing, time=time.time())
             self._scalars(step, "timing", timing)
-            shown += [f"{_rate(rate)} tokens/s", f"{_rate(rate * self._flops)}FLOP/s", f"ETA {_duration(left)}"]
+            shown += self._timing_line(timing, (self._total - step) * timing["step_seconds"])
         self._say(
             f"stage {self._stage}  step {step}/{self._total}  {'  '.join(shown)}  lr {values['learning_rate']:.3g}"
         )
 
+    def _timing(self, step: int, lap: Lap) -> dict[str, float]:
+        rate, cost = lap.tokens / lap.seconds, self._cost
+        timing = {
+            "tokens_per_second": rate,
+            "flops_per_second": rate * cost.flops_per_token,
+            "step_seconds": lap.seconds / lap.steps,
+            "data_wait_share": lap.waited / lap.seconds,
+            "exaflops": (self._cost.flops_before + step * self._cost.tokens_per_step * self._cost.flops_per_token)
+            / 1e18,
+            **devices.memory(),
+        }
+        if cost.peak_flops:
+            timing["mfu"] = timing["flops_per_second"] / cost.peak_flops
+        return timing
+
+    def _timing_line(self, timing: dict[str, float], left: float) -> list[str]:
+        line = [f"{_rate(timing['tokens_per_second'])} tokens/s", f"{_rate(timing['flops_per_second'])}FLOP/s"]
+        if "mfu" in timing:
+            line.append(f"MFU {100 * timing['mfu']:.1f} %")
+        line += [f"{timing['exaflops']:.3g} EFLOP so far", f"data wait {100 * timing['data_wait_share']:.0f} %"]
+        if "peak_memory_bytes" in timing:
+            line.append(f"memory {timing['peak_memory_bytes'] / 2**30:.1f} GiB")
+        return [*line, f"ETA {_duration(left)}"]
+
     def _is_shown(self, name: str) -> bool:
-        return name not in _HIDDEN and not name.startswith("update_norm")
+        return name not in _HIDDEN and not name.startswith(("update_norm", "grad_norm"))
 
     def holdout(self, step: int, values: dict[str, float]) -> None:
         """Metrics over held-out data."""

@@ -19,28 +19,33 @@ from jax.sharding import Mesh
 
 from cola_jax import sharding
 from cola_jax.config import Config
-from cola_jax.train import metrics, setup, step
+from cola_jax.train import devices, metrics, setup, step
 from cola_jax.train import state as states
 from cola_jax.types import PyTree, UserError
 
 
 class Chip(NamedTuple):
-    """Memory in bytes, and peak bfloat16 FLOP/s, of one device (vendors' data sheets)."""
+    """One device: its kind (see `devices.PEAK_FLOPS`), memory in bytes (data sheets), and whether it is a TPU."""
 
+    kind: str
     memory: float
-    flops: float
     tpu: bool
+
+    @property
+    def flops(self) -> float:
+        """Peak bfloat16 FLOP/s."""
+        return devices.peak_flops(self.kind)
 
 
 CHIPS = {
-    "v4": Chip(32 * 2**30, 275e12, True),
-    "v5e": Chip(16 * 2**30, 197e12, True),
-    "v5p": Chip(95 * 2**30, 459e12, True),
-    "v6e": Chip(32 * 2**30, 918e12, True),
-    "a100": Chip(80e9, 312e12, False),
-    "h100": Chip(80e9, 989e12, False),
-    "h200": Chip(141e9, 989e12, False),
-    "b200": Chip(180e9, 2250e12, False),
+    "v4": Chip("TPU v4", 32 * 2**30, True),
+    "v5e": Chip("TPU v5e", 16 * 2**30, True),
+    "v5p": Chip("TPU v5", 95 * 2**30, True),
+    "v6e": Chip("TPU v6", 32 * 2**30, True),
+    "a100": Chip("NVIDIA A100", 80e9, False),
+    "h100": Chip("NVIDIA H100", 80e9, False),
+    "h200": Chip("NVIDIA H200", 141e9, False),
+    "b200": Chip("NVIDIA B200", 180e9, False),
 }
 
 
@@ -116,7 +121,7 @@ def prepare(cluster: Cluster) -> None:
         jax.config.update("jax_num_cpu_devices", cluster.count)
 
 
-def devices(cluster: Cluster) -> tuple[list, str]:
+def describe_devices(cluster: Cluster) -> tuple[list, str]:
     """The cluster's devices, described or virtual, and the compiler that they have: "TPU" or "CPU"."""
     if not (cluster.chip.tpu and has_tpu_compiler()):
         return jax.devices("cpu")[: cluster.count], "CPU"

@@ -61,5 +61,6 @@ def stage(config: Config, number: int, init: Callable[[Key], Params]) -> Stage:
         groups=("vae",) if number == 1 else ("vae", "dit"),
         ema=settings.ema > 0,
         reference=number == 2 and "vae" in trained and strategy.reference_weight > 0,
+        guard=settings.max_skipped > 0 or settings.spike_factor > 0,
     )
     return Stage(total, settings, trained, optimizer, make)

@@ -15,11 +15,21 @@ from cola_jax.types import Key, Params, PyTree
 
 
 @flax.struct.dataclass
-class TrainState:
-    """State after ``step`` updates.
+class Guard:
+    """What decides whether an update is applied or skipped (`config.optimizerN.max_skipped`, ``spike_factor``)."""
 
-    ``finite`` becomes False with the first loss or gradient that is not finite, and from then on the state stays
-    as it is: the host may look late without losing the last good state.
+    norm: PyTree  # float32 scalar: running average of the gradient norm over the applied updates
+    applied: PyTree  # int32 scalar: updates in that average
+    in_row: PyTree  # int32 scalar: updates skipped since the last applied one
+    skipped: PyTree  # int32 scalar: updates skipped so far
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State after ``step`` updates, skipped ones included.
+
+    ``finite`` becomes False with the first loss or gradient that is not finite and may not be skipped, and from then
+    on the state stays as it is: the host may look late without losing the last good state.
     """
 
     # Any, not jax.Array: the same tree also holds abstract arrays and shardings.
@@ -29,6 +39,7 @@ class TrainState:
     ema: PyTree | None  # moving average of the trained groups
     reference: Params | None  # the encoder as stage 2 began: {"params": {"vae": {"encoder": ...}}}
     finite: PyTree  # bool scalar
+    guard: PyTree | None = None  # a Guard; None where no update may be skipped
 
 
 def evaluation_params(state: TrainState) -> Params:
@@ -44,6 +55,7 @@ def make_init(
     groups: tuple[str, ...] = ("vae", "dit"),
     ema: bool = False,
     reference: bool = False,
+    guard: bool = False,
 ) -> Callable[[Key, PyTree | None], TrainState]:
     """A pure function ``(key, vae, dit) -> TrainState`` to be traced, with the parameters' boxes still on.
 
@@ -54,6 +66,7 @@ def make_init(
       groups: which of the model's groups the stage holds (stage 1: only "vae").
       ema: keep a moving average.
       reference: keep a copy of the encoder.
+      guard: count skipped updates.
 
     Returns:
       The function; ``vae`` replaces the fresh VAE parameters (stage 2 starts from stage 1's), ``dit`` those of the
@@ -76,6 +89,7 @@ def make_init(
             ema=jax.tree.map(jnp.copy, active) if ema else None,
             reference={"params": {"vae": {"encoder": encoder}}} if reference else None,
             finite=jnp.ones((), bool),
+            guard=Guard(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))) if guard else None,
         )
 
     return make

@@ -10,8 +10,11 @@ from jax.sharding import Mesh
 from cola_jax import rng, sharding
 from cola_jax.config import OptimizerConfig
 from cola_jax.train import optimizer as optimizers
-from cola_jax.train.state import TrainState
+from cola_jax.train.state import Guard, TrainState
 from cola_jax.types import Key, Params, PyTree, Term
+
+# The running average of the gradient norm forgets with this factor, and knows spikes after so many updates.
+_NORM_DECAY, _NORM_UPDATES = 0.98, 20
 
 # (params, batch, keys, reference) -> terms per example
 TermsFn = Callable[[Params, dict, Key, Params | None], dict[str, Term]]
@@ -84,6 +87,25 @@ def _moving_average(ema: PyTree, params: PyTree, decay: float, step: jax.Array) 
     return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
 
 
+def _judge(guard: Guard | None, finite: jax.Array, norm: jax.Array, config: OptimizerConfig):
+    """(apply the update, go on, the guard after the step), from whether loss and gradient norm are finite."""
+    if guard is None:
+        return finite, finite, None
+    spike = jnp.zeros((), bool)
+    if config.spike_factor:
+        spike = (guard.applied >= _NORM_UPDATES) & (norm > config.spike_factor * guard.norm)
+    apply = finite & ~spike
+    in_row = jnp.where(apply, 0, guard.in_row + 1)
+    decay = jnp.minimum(_NORM_DECAY, guard.applied / (guard.applied + 1.0))  # the plain mean of the first ones
+    after = Guard(
+        norm=jnp.where(apply, guard.norm + (1.0 - decay) * (norm - guard.norm), guard.norm),
+        applied=guard.applied + apply,
+        in_row=in_row,
+        skipped=guard.skipped + ~apply,
+    )
+    return apply, in_row <= config.max_skipped, after
+
+
 def make_train_step(
     terms: TermsFn,
     optimizer: optax.GradientTransformation,
@@ -98,8 +120,10 @@ def make_train_step(
 ):
     """The jitted ``(state, batch) -> (state, metrics)``; the state's buffers are donated.
 
-    If the loss or the norm of its gradient is not finite, the state stays as it was, step included, now and in
-    later calls (`TrainState.finite`); the metrics are those of the step that failed.
+    An update is bad if the loss or the norm of its gradient is not finite, or if the norm is above
+    ``config.spike_factor`` times its running average. A bad update is skipped (only the step is counted) if no more
+    than ``config.max_skipped`` before it were; otherwise the state stays as it was, step included, now and in later
+    calls (`TrainState.finite`), and the metrics are those of the step that failed.
 
     Args:
       terms: ``(params, batch, keys, reference) -> {name: Term}``; noise comes from ``keys`` alone.
@@ -113,8 +137,9 @@ def make_train_step(
       first_step: added to the step in the keys, so that stage 2 does not draw what stage 1 drew.
 
     Returns:
-      The function. Metrics are float32 scalars: the loss, the mean of every term, "grad_norm", "update_norm" and
-      "update_norm/<group>", "learning_rate", "finite" (1 or 0).
+      The function. Metrics are float32 scalars: the loss, the mean of every term, "grad_norm" (before clipping) and
+      "update_norm" with their parts "<norm>/<group>", "learning_rate", "finite" (1, or 0 if training cannot go on);
+      with a guard "grad_norm_average" before this step and "skipped", the updates skipped so far.
     """
     rate = optimizers.learning_rate(config, steps)
 
@@ -125,22 +150,31 @@ def make_train_step(
             terms, active, frozen, batch, keys, state.reference, config.accumulation
         )
         norm = optax.tree.norm(gradients)
-        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+        apply, go_on, guard = _judge(state.guard, jnp.isfinite(loss) & jnp.isfinite(norm), norm, config)
+        finite = state.finite & go_on
         updates, opt_state = optimizer.update(gradients, state.opt_state, active)
         active = optax.apply_updates(active, updates)
         ema = state.ema if state.ema is None else _moving_average(state.ema, active, config.ema, state.step)
         params = {"params": {**frozen, **active}}
-        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(finite=finite)
+        new = state.replace(params=params, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite & apply, a, b), new, state)
+        new = new.replace(step=state.step + finite, finite=finite)
+        skipped = 0
+        if guard is not None:
+            skipped = state.guard.skipped
+            new = new.replace(guard=jax.tree.map(lambda a, b: jnp.where(finite, a, b), guard, state.guard))
         metrics = {
             "loss": loss,
             **add_derived(means),
             "grad_norm": norm,
+            **{f"grad_norm/{name}": optax.tree.norm(gradient) for name, gradient in gradients.items()},
             "update_norm": optax.tree.norm(updates),
             **{f"update_norm/{name}": optax.tree.norm(update) for name, update in updates.items()},
-            "learning_rate": rate(state.step),
+            "learning_rate": rate(state.step - skipped),  # the optimizer has counted the applied updates only
             "finite": finite,
         }
+        if guard is not None:
+            metrics |= {"grad_norm_average": state.guard.norm, "skipped": new.guard.skipped}
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def traced(state, batch):

@@ -10,6 +10,7 @@ from test_step import OPTIMIZER, build, same_bits
 
 from cola_jax.config import TrainConfig
 from cola_jax.train import checkpoint as checkpoints
+from cola_jax.train import verified
 from cola_jax.train.state import evaluation_params
 from cola_jax.types import UserError
 
@@ -44,7 +45,7 @@ def test_round_trip_and_keep(toy, tmp_path):
     assert manager.restore(target) is None
     save(manager, state, 1, 2, 3)
     manager.close()
-    assert checkpoints.step_directories(tmp_path) == [3, 2]
+    assert verified.step_directories(tmp_path) == [3, 2]
     manager = checkpoints.Checkpoints(tmp_path, keep=2)
     step, restored, body = manager.restore(target)
     assert step == 3 and int(restored.step) == 3
@@ -98,14 +99,14 @@ def test_damaged_newest_step_is_passed_over(toy, tmp_path, item, damage):
 
 def test_every_flipped_bit_is_seen():
     arrays = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)}
-    (before,) = checkpoints._hashes({"x": arrays})["x"].values()
+    (before,) = verified.hashes({"x": arrays})["x"].values()
     raw = np.array(arrays["a"])
     for bit in range(0, raw.size * 32, 7):
         changed = raw.copy()
         changed.view(np.uint32).reshape(-1)[bit // 32] ^= np.uint32(1 << (bit % 32))
-        assert checkpoints._hashes({"x": {"a": jnp.asarray(changed)}})["x"]["a"] != before
+        assert verified.hashes({"x": {"a": jnp.asarray(changed)}})["x"]["a"] != before
     swapped = raw[::-1].copy()
-    assert checkpoints._hashes({"x": {"a": jnp.asarray(swapped)}})["x"]["a"] != before
+    assert verified.hashes({"x": {"a": jnp.asarray(swapped)}})["x"]["a"] != before
 
 
 def test_nothing_readable(toy, tmp_path):

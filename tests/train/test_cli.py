@@ -21,6 +21,8 @@ def main():
         raise loop.NonFiniteLoss("stage 1, step 3: loss is nan")
     if config.seed == 3:
         raise loop.Interrupted("stopped by SIGTERM", 15)
+    if config.seed == 4:
+        raise loop.Interrupted("stopped by SIGINT", 2)
     print("steps", config.stage1.steps)
 
 cli.run(main)
@@ -80,7 +82,9 @@ def test_other_endings(place):
     diverged = call(place, "--config=good.py", "--config.seed=2")
     assert (diverged.returncode, diverged.stderr) == (3, "error: stage 1, step 3: loss is nan\n")
     stopped = call(place, "--config=good.py", "--config.seed=3")
-    assert (stopped.returncode, stopped.stdout) == (143, "stopped by SIGTERM\n")
+    assert (stopped.returncode, stopped.stdout) == (75, "stopped by SIGTERM\n")
+    stopped = call(place, "--config=good.py", "--config.seed=4")
+    assert (stopped.returncode, stopped.stdout) == (130, "stopped by SIGINT\n")
 
 
 def test_huge_pages_restart_keeps_the_command(place):

@@ -15,7 +15,7 @@ import toy_run
 from test_step import same_bits
 
 from cola_jax.train import checkpoint as checkpoints
-from cola_jax.train import loop
+from cola_jax.train import loop, verified
 from cola_jax.types import UserError
 
 REPORTS = ("metrics.jsonl", "samples.jsonl")
@@ -51,9 +51,9 @@ def assert_same_run(workdir, state, whole):
     for name in REPORTS:
         assert (workdir / name).read_bytes() == (whole[0] / name).read_bytes()
     for stage in ("stage1", "stage2"):
-        newest = [checkpoints.step_directories(directory / stage)[0] for directory in (workdir, whole[0])]
+        newest = [verified.step_directories(directory / stage)[0] for directory in (workdir, whole[0])]
         assert newest == [12, 12]
-    bodies = [checkpoints._read_meta(directory / "stage2" / "12") for directory in (workdir, whole[0])]
+    bodies = [verified.read_meta(directory / "stage2" / "12") for directory in (workdir, whole[0])]
     assert bodies[0] == bodies[1]  # the position in the data among other things
 
 
@@ -66,7 +66,7 @@ def test_whole_run(whole):
             k: [e["step"] for e in entries if e["stage"] == stage and e["kind"] == k] for k in ("train", "holdout")
         }
         assert steps == {"train": logged, "holdout": [5, 10, 12]}
-    assert checkpoints.step_directories(workdir / "stage1") == [12, 8, 4]
+    assert verified.step_directories(workdir / "stage1") == [12, 8, 4]
     assert not any("seconds" in entry or "time" in entry for entry in entries)
     assert [json.loads(line)["step"] for line in (workdir / "samples.jsonl").read_text().splitlines()] == [12]
     assert int(state.step) == 12 and (workdir / "timing.jsonl").stat().st_size
@@ -76,7 +76,7 @@ def test_whole_run(whole):
 
 def test_stages_see_different_data_and_noise(whole):
     assert loop.data_seed(0, 1) != loop.data_seed(0, 2) != loop.data_seed(1, 2)
-    bodies = [checkpoints._read_meta(whole[0] / stage / "12") for stage in ("stage1", "stage2")]
+    bodies = [verified.read_meta(whole[0] / stage / "12") for stage in ("stage1", "stage2")]
     assert bodies[0]["fingerprint"]["seed"] != bodies[1]["fingerprint"]["seed"]
 
 
@@ -109,7 +109,7 @@ def test_damaged_checkpoint_leaves_no_trace(whole, tmp_path):
     with pytest.raises(Crash):
         train(tmp_path, crash_at("stage 2  step 10/"))
     deadline = time.time() + 20
-    while 8 not in checkpoints.step_directories(tmp_path / "stage2") and time.time() < deadline:
+    while 8 not in verified.step_directories(tmp_path / "stage2") and time.time() < deadline:
         time.sleep(0.1)
     (tmp_path / "stage2" / "8" / "params" / "manifest.ocdbt").write_bytes(b"")
     lines = []
@@ -128,7 +128,7 @@ def test_signal_saves_and_stops(whole, tmp_path, signum):
     with pytest.raises(loop.Interrupted, match=f"{signum.name} after step 7 of stage 2") as caught:
         train(tmp_path, say)
     assert caught.value.signum == signum
-    assert checkpoints.step_directories(tmp_path / "stage2")[0] == 7
+    assert verified.step_directories(tmp_path / "stage2")[0] == 7
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_same_run(tmp_path, train(tmp_path), whole)
 
@@ -159,7 +159,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(tmp_path):
         loop.NonFiniteLoss, match=rf"stage 2, step {step}: .*poison inf.*after step {step - 1} is saved"
     ):
         train(tmp_path, poison_from=limit)
-    assert checkpoints.step_directories(tmp_path / "stage2")[0] == step - 1
+    assert verified.step_directories(tmp_path / "stage2")[0] == step - 1
     with pytest.raises(loop.NonFiniteLoss, match=f"stage 2, step {step}"):
         train(tmp_path, poison_from=limit)
     train(tmp_path)  # mended, it goes on
@@ -225,7 +225,7 @@ def test_sigkill_at_any_moment(tmp_path):
     for name in REPORTS:
         assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for stage in kills:
-        found = [checkpoints._read_meta(run / stage / "120") for run in (workdir, tmp_path / "whole")]
+        found = [verified.read_meta(run / stage / "120") for run in (workdir, tmp_path / "whole")]
         assert found[0] == found[1]  # hashes of every array, position in the data
 
 

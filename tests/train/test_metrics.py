@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import toy_model
@@ -29,13 +30,24 @@ def test_truncation(tmp_path):
 
 def test_writer(tmp_path):
     said = []
-    writer = metrics.Writer(tmp_path, 1, 0, 100, flops=1e6, say=said.append)
-    values = {"finite": 1.0, "kl": 2.0, "learning_rate": 0.01, "loss": 0.25, "logsnr": 2.5, "update_norm": 0.1}
-    writer.train(10, values, (2.0, 4000, 10))
+    writer = metrics.Writer(tmp_path, 1, 0, 100, metrics.Cost(1e6, 500, 0.0, 4e9), say=said.append)
+    values = {
+        "finite": 1.0,
+        "kl": 2.0,
+        "learning_rate": 0.01,
+        "loss": 0.25,
+        "logsnr": 2.5,
+        "update_norm": 0.1,
+        "grad_norm/vae": math.nan,
+    }
+    writer.train(10, values, metrics.Lap(2.0, 4000, 10, waited=0.5))
     writer.holdout(10, {"loss": 0.5})
     writer.samples(10, ["one\ntwo"])
     writer.close()
-    assert said[0] == ("stage 1  step 10/100  loss 0.25  kl 2  logsnr 2.5  2k tokens/s  2GFLOP/s  ETA 0:00:18  lr 0.01")
+    assert said[0] == (
+        "stage 1  step 10/100  loss 0.25  kl 2  logsnr 2.5  2k tokens/s  2GFLOP/s  MFU 50.0 %  "
+        "5e-09 EFLOP so far  data wait 25 %  ETA 0:00:18  lr 0.01"
+    )
     assert said[1] == "stage 1  step 10/100  held out: loss 0.5" and said[2] == "  sample: 'one\\ntwo'"
     train, holdout = lines(tmp_path / "metrics.jsonl")
     assert (
@@ -43,12 +55,14 @@ def test_writer(tmp_path):
     )
     (timing,) = lines(tmp_path / "timing.jsonl")
     assert timing["tokens_per_second"] == 2000 and timing["flops_per_second"] == 2e9 and timing["step_seconds"] == 0.2
+    assert timing["mfu"] == 0.5 and timing["data_wait_share"] == 0.25 and timing["exaflops"] == 5e-9
+    assert train["grad_norm/vae"] is None
     assert lines(tmp_path / "samples.jsonl") == [{"stage": 1, "step": 10, "texts": ["one\ntwo"]}]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_an_inactive_writer_writes_nothing(tmp_path):
-    writer = metrics.Writer(tmp_path, 1, 0, 100, 1.0, active=False)
+    writer = metrics.Writer(tmp_path, 1, 0, 100, metrics.Cost(1.0), active=False)
     writer.train(1, {"loss": 1.0, "learning_rate": 0.1}, None)
     writer.holdout(1, {"loss": 1.0})
     writer.samples(1, ["text"])

@@ -1,0 +1,150 @@
+"""Runs of several processes: how they find each other, agree, and notice that one of them is lost.
+
+Every process runs the same program over one mesh. Process 0 logs and writes; checkpoints are written by all of them
+into one directory that all of them see.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cola_jax.types import UserError
+
+T = TypeVar("T")
+
+JOIN_TIMEOUT = 300.0  # seconds that a process waits for the others to start
+_SHUTDOWN_TIMEOUT = 60  # seconds that a process that is done waits for the others to be done
+_LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "Connection closed", "NCCL")
+
+
+def _cluster() -> dict | None:
+    """What `jax.distributed.initialize` needs in a SLURM step of several tasks or on a TPU VM; None elsewhere."""
+    environment = os.environ
+    if environment.get("JAX_PLATFORMS", "").startswith("cpu") and "SLURM_STEP_NODELIST" not in environment:
+        return None
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        found = {"cluster_detection_method": "slurm"}
+        # JAX gives each task one GPU, the one of its local index: right for one task a GPU, wrong for one a node.
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        if environment.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1" and gpus.isdigit():
+            found["local_device_ids"] = list(range(int(gpus)))
+        return found
+    if "TPU_WORKER_HOSTNAMES" in environment or "TPU_ML_PLATFORM" in environment:
+        return {}  # JAX asks the TPU VM
+    return None
+
+
+def _given(coordinator: str | None, process_count: int | None, process_id: int | None) -> dict:
+    values = {"coordinator": coordinator, "process_count": process_count, "process_id": process_id}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise UserError(f"--{missing[0]} is missing: allowed are --coordinator, --process_count, --process_id together")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator = {coordinator}: allowed is host:port of process 0")
+    if process_count < 1:
+        raise UserError(f"--process_count = {process_count}: allowed is a number of at least 1")
+    if not 0 <= process_id < process_count:
+        raise UserError(f"--process_id = {process_id}: allowed is a number from 0 to {process_count - 1}")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": process_count,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _give_up(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def initialize(
+    coordinator: str | None = None,
+    process_count: int | None = None,
+    process_id: int | None = None,
+    timeout: float = JOIN_TIMEOUT,
+) -> None:
+    """Joins the other processes; on a single machine without arguments, nothing. Before any use of a device.
+
+    Without arguments the processes are found on TPU VMs and in SLURM steps of several tasks.
+
+    Args:
+      coordinator: ``host:port`` of process 0, which listens there.
+      process_count: how many processes there are.
+      process_id: from 0 to ``process_count - 1``.
+      timeout: seconds to wait for the others. If they do not join, the process ends with one line and status 2:
+        JAX itself would abort it.
+
+    Raises:
+      UserError: a value is not allowed, or JAX cannot start.
+    """
+    if timeout <= 0:
+        raise UserError(f"--join_timeout = {timeout:g}: allowed is a positive number of seconds")
+    given = (coordinator, process_count, process_id) != (None, None, None)
+    arguments = _given(coordinator, process_count, process_id) if given else _cluster()
+    if arguments is None:
+        return
+    place = f"--coordinator = {coordinator}, process {process_id} of {process_count}" if given else "the cluster"
+    message = f"{place}: not all processes joined within {timeout:g} s; allowed is one start of each at the same time"
+    timer = threading.Timer(timeout, _give_up, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        patience = {"initialization_timeout": int(timeout) + 60, "shutdown_timeout_seconds": _SHUTDOWN_TIMEOUT}
+        jax.distributed.initialize(**arguments, **patience)
+        jax.devices()  # the first use of a device waits for the others too
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).splitlines() or [""]
+        raise UserError(f"{place}: {type(error).__name__}: {lines[0]}") from error
+    finally:
+        timer.cancel()
+
+
+def all_true(value: bool) -> bool:
+    """Whether ``value`` is true in every process. Every process calls it, in the same order."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+def same(values: list[int], size: int = 64) -> bool:
+    """Whether every process has the same list of integers (its first ``size`` are compared, and its length)."""
+    if jax.process_count() == 1:
+        return True
+    padded = np.zeros(size + 1, np.int32)
+    padded[0], padded[1 : 1 + len(values[:size])] = len(values), values[:size]
+    gathered = multihost_utils.process_allgather(padded)
+    return bool(np.all(gathered == gathered[:1]))
+
+
+def first(make: Callable[[], T]) -> T:
+    """``make()`` in process 0, then in the others: what it writes once, they find.
+
+    Raises:
+      UserError: ``make`` raised it; in every process, whichever it was.
+    """
+    if jax.process_count() == 1:
+        return make()
+    result, error = None, None
+    for turn in (True, False):
+        if turn == (jax.process_index() == 0):
+            try:
+                result = make()
+            except UserError as caught:
+                error = caught
+        if not all_true(error is None):
+            raise error or UserError("another process could not go on; it has said why")
+    return result
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception of JAX says that another process is gone, rather than that something here is wrong."""
+    return jax.process_count() > 1 and any(word in str(error) for word in _LOST)

@@ -1,0 +1,111 @@
+"""What ends a run from outside: signals, and steps that never end. And the statuses a process ends with.
+
+Exit status: 0 done, 2 something the user can fix, 3 training diverged, 75 stopped with its state saved or another
+process lost, 76 hung, 130 Ctrl-C. After 75 and 76 (and 128 + a signal that nobody catches) the same command goes on.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+
+DONE, BAD_INPUT, DIVERGED = 0, 2, 3
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
+HUNG = 76
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+    @property
+    def status(self) -> int:
+        """Of the process: Ctrl-C is a person, who does not want the run to be started again."""
+        return 128 + signal.SIGINT if self.signum == signal.SIGINT else RESTART
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT for the loop to act on between steps; a second one acts at once.
+
+    In a run of several processes SIGTERM at any of them belongs to JAX, which lets all stop after the same step
+    (`Checkpoints.reached_preemption`); SIGINT is passed on as SIGTERM.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before = {}
+
+    def _note(self, signum, frame) -> None:
+        self.received = signum
+        signal.signal(signum, self._before[signum])
+
+    def _pass_on(self, signum, frame) -> None:
+        self._note(signum, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def __enter__(self) -> "Signals":
+        several = jax.process_count() > 1
+        handlers = {signal.SIGINT: self._pass_on} if several else dict.fromkeys((signal.SIGTERM, signal.SIGINT))
+        for signum, handler in handlers.items():
+            try:
+                self._before[signum] = signal.signal(signum, handler or self._note)
+            except ValueError:  # not in the main thread, where signals are handled
+                break
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+
+class Watchdog:
+    """Ends the process with status `HUNG` if nothing happens for a while, with the stacks of all threads on stderr.
+
+    A process that waits for another (a collective, a barrier) waits for ever; only a thread of its own can tell.
+
+    Args:
+      timeout: seconds from one `beat` to the next; 0: no watchdog.
+    """
+
+    def __init__(self, timeout: float):
+        self._timeout, self._idle, self._ended = timeout, 0.0, threading.Event()
+
+    def beat(self) -> None:
+        """Something has happened."""
+        self._idle = 0.0
+
+    def __enter__(self) -> "Watchdog":
+        if self._timeout:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        tick, last = min(1.0, self._timeout / 4), time.monotonic()
+        while not self._ended.wait(tick):
+            now = time.monotonic()
+            # Not all of it where this process was stopped itself: then the steps could not go on either.
+            self._idle += min(now - last, 2 * tick)
+            last = now
+            if self._idle > self._timeout:
+                self._bark()
+
+    def _bark(self) -> None:
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        print(
+            f"error: {where}: no step has ended for {self._timeout:g} s (config.train.hang_timeout); "
+            f"its stacks follow; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        os._exit(HUNG)

@@ -1,0 +1,202 @@
+"""What proves that a checkpoint is as it was written: a hash of every array, a checksum of every file.
+
+Orbax has no checksums over arrays: one flipped bit would load silently. The hash of an array does not depend on the
+mesh; the checksums cover what the arrays do not need, such as Orbax's own descriptions.
+"""
+
+import gc
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from cola_jax.train import distributed
+from cola_jax.types import UserError
+
+_FILES = "files.json"
+# Larger files hold arrays, which have hashes: reading them once more would double the time of a restore.
+_LARGEST_SUMMED = 64 * 2**20
+
+
+def _array_hash(x: jax.Array) -> jax.Array:
+    """``sum_i w_i x_i`` over the bits of the elements, modulo 2^32, with odd pseudo-random weights w_i.
+
+    Integer sums do not depend on order, so every mesh and number of processes gives the same value; odd weights
+    make the change of any one bit visible.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    mixed = index * jnp.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+    return jnp.sum(bits * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _hash_all(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_array_hash(x) for x in arrays])
+
+
+def hashes(items: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
+    """The hash of every array by item and name; of global arrays in all processes together."""
+    names = [(item, name) for item, arrays in items.items() for name in arrays]
+    values = np.asarray(_hash_all([items[item][name] for item, name in names]))
+    found = {item: {} for item in items}
+    for (item, name), value in zip(names, values, strict=True):
+        found[item][name] = int(value)
+    return found
+
+
+def checksum(body: dict) -> int:
+    """CRC-32 of a JSON-able value."""
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def step_directories(directory: Path) -> list[int]:
+    """The steps saved under a stage's directory, newest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def newest_valid(
+    directory: Path,
+    load: Callable[[Path], Any],
+    report: Callable[[str], None],
+    verify: Callable[[Any], str | None] = lambda _: None,
+):
+    """``(step, load(path of the step))`` of the newest step that all processes can read, or None; reports the others.
+
+    Args:
+      directory: of the stage.
+      load: reads the files of a step; raises anything if they are damaged, UserError if they do not fit. No
+        collective operation: one process may fail alone.
+      report: told in one line about each step that is passed over.
+      verify: what is wrong with what was loaded, or None; all processes come to the same result together.
+
+    Raises:
+      UserError: the processes do not see the same steps; or from ``load``.
+    """
+    steps = step_directories(directory)
+    if not distributed.same(steps):
+        raise UserError(f"checkpoint {directory}: allowed is a directory that all processes see; their steps differ")
+    hook = sys.unraisablehook
+    # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
+    sys.unraisablehook = lambda _: None
+    try:
+        for step in steps:
+            found, failure = None, None
+            try:
+                found = load(directory / str(step))
+            except UserError:
+                raise
+            except Exception as error:  # a damaged file raises whatever its reader raises
+                failure = one_line(error)
+            if distributed.all_true(failure is None):
+                failure = verify(found)
+                if failure is None:
+                    return step, found
+            del found
+            gc.collect()
+            failure = failure or "another process cannot read it"
+            report(f"checkpoint {directory / str(step)} is damaged and not used: {failure}")
+        return None
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+
+
+def read_meta(path: Path) -> dict:
+    """The description of the step at ``path``, which has a checksum of itself; raises if it is damaged."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(path / "meta")
+    if checksum(meta["body"]) != meta["checksum"]:
+        raise ValueError("its description does not match its checksum")
+    return meta["body"]
+
+
+def read_arrays(path: Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of one item of a step by name, not yet verified; raises if a file is damaged.
+
+    Each process reads what its own devices hold. The handler alone: a `Checkpointer` would then wait for the other
+    processes, of which one may have failed.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(path, args=ocp.args.StandardRestore(target))
+    finally:
+        handler.close()
+
+
+def mismatch(items: dict[str, dict[str, jax.Array]], expected: dict[str, dict[str, int]]) -> str | None:
+    """Names the first array whose hash is not the expected one."""
+    for item, values in hashes(items).items():
+        for name, value in values.items():
+            if value != expected[item][name]:
+                return f"{item} {name} does not match its hash"
+    return None
+
+
+def _file_sums(directory: Path, skip: str) -> dict[str, list[int]]:
+    """Size and checksum of every file of the items under a step, by its path; a checksum of -1 was not computed."""
+    found = {}
+    for path in sorted(directory.glob("*/**/*")):
+        name = path.relative_to(directory)
+        if path.is_file() and name.parts[0] != skip:
+            size = path.stat().st_size
+            found[name.as_posix()] = [size, zlib.crc32(path.read_bytes()) if size <= _LARGEST_SUMMED else -1]
+    return found
+
+
+def check_files(path: Path) -> None:
+    """Raises ValueError that names the first file of a step that is not as it was when the step was committed."""
+    saved, item = json.loads((path / "files" / _FILES).read_text()), "files"
+    if checksum(saved["files"]) != saved["checksum"]:
+        raise ValueError(f"{item}/{_FILES} does not match its checksum")
+    for name, (size, sum_) in saved["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if sum_ >= 0 and zlib.crc32(file.read_bytes()) != sum_:
+            raise ValueError(f"{name} does not match its checksum")
+
+
+class FilesHandler(ocp.CheckpointHandler):
+    """The last item of a step: checksums of the files of the others, written just before the step is committed."""
+
+    def save(self, directory: os.PathLike, args: "FilesSave") -> None:
+        """Nothing yet: the others are still being written."""
+
+    def restore(self, directory: os.PathLike, args=None) -> None:
+        """Nothing: see `check_files`."""
+
+    def finalize(self, directory: os.PathLike) -> None:
+        """In process 0, when the other items have their final names (Orbax: in the order of their registration)."""
+        place = Path(directory)
+        files = _file_sums(place.parent, place.name)
+        (place / _FILES).write_text(json.dumps({"files": files, "checksum": checksum(files)}))
+
+
+@ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
+class FilesSave(ocp.args.CheckpointArgs):
+    """Asks for the item of `FilesHandler`."""
