@@ -30,7 +30,7 @@ class Parts:
       config: with everything resolved (the vocabulary size).
       init: variables of the whole model from a key, boxed with logical axes.
       terms: of stage 1 and stage 2, ``(params, batch, keys, reference) -> {name: Term}``.
-      dataset: ``(split, seed) -> grain.IterDataset`` of batches.
+      dataset: ``(split, seed) -> grain.IterDataset`` of batches, the same in every process.
       fingerprint: ``seed -> dict``, what defines the order of the data.
       difference: lines that tell two fingerprints apart.
       model, tokenizer: for the sampler.
@@ -56,7 +56,6 @@ def build(config: Config, workdir: Path) -> Parts:
     config = dataclasses.replace(config, vae=cola.with_vocabulary(config.vae, tokenizer.vocab_size))
     model = cola.create(config.vae, config.dit, config.train.compute_dtype)
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return Parts(
         config=config,
         init=lambda key: model.init(key, tokens),
@@ -64,7 +63,7 @@ def build(config: Config, workdir: Path) -> Parts:
             lambda params, batch, keys, reference: stage1.terms(model, config, params, batch, keys),
             functools.partial(stage2.terms, model, config),
         ),
-        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed, **share),
+        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed),
         fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
         difference=pipeline.difference,
         model=model,

@@ -188,7 +188,7 @@ def _start(workdir, cache):
     )
     with open(workdir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
-            [sys.executable, tests / "toy_run.py", workdir], env=environment, stdout=log, stderr=log
+            [sys.executable, tests / "toy_run.py", f"--workdir={workdir}"], env=environment, stdout=log, stderr=log
         )
 
 
