@@ -43,7 +43,8 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
       devices: None for all devices of the run. Explicit sizes may use only the first of them.
 
     Raises:
-      UserError: the sizes need more devices than there are, or do not divide their number.
+      UserError: the sizes need more devices than there are, or do not divide their number, or leave out devices of
+        a run of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.mesh_data, config.mesh_fsdp, config.mesh_tensor]
@@ -58,6 +59,11 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     total = int(np.prod(sizes))
     if total > len(devices):
         raise UserError(f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of at most {len(devices)} devices")
+    if total < len(devices) and jax.process_count() > 1:  # a process without devices in the mesh has nothing to do
+        raise UserError(
+            f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of all {len(devices)} devices of "
+            f"{jax.process_count()} processes"
+        )
     # Auto axes: Linen's logical constraints raise on Explicit ones, the default of jax.make_mesh.
     return Mesh(arrange(tuple(sizes), devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -151,11 +157,13 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh, field: str = "op
 
 
 def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """Global arrays from each process's own rows of a batch (numpy arrays [B / processes, ...])."""
-    rows = next(iter(batch.values())).shape[0]
-    check_batch(rows * jax.process_count(), 1, mesh)
+    """Global arrays from a batch of numpy arrays [B, ...], the same in every process: each keeps its devices' rows.
+
+    A process cannot know its rows from its number: devices along the tensor axis share them.
+    """
+    check_batch(next(iter(batch.values())).shape[0], 1, mesh)
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return {n: jax.make_array_from_process_local_data(sharding, x, x.shape) for n, x in batch.items()}
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Batches of packed rows, as a Grain graph whose iterator can be saved and restored.
 
-documents -> order -> tokens -> rows -> global batches -> this process's rows
+documents -> order -> tokens -> rows -> batches
 
-Every process computes the global batches and keeps its own rows: what a step trains on, and the iterator's state,
-depend on the configuration and the seed but not on the number of processes.
+Every process computes the whole batches, of which its devices keep their rows (`sharding.put_batch`): what a step
+trains on, and the iterator's state, depend on the configuration and the seed but not on the number of processes.
 """
 
 import atexit
@@ -18,14 +18,13 @@ from absl import flags
 from cola_jax.config import DataConfig
 from cola_jax.data import corpora, packing
 from cola_jax.data.tokenizers import Tokenizer
-from cola_jax.types import UserError
 
 _PREFETCHED = 4  # batches that are made ahead, by a thread or by each worker
 
 
-def _batch(rows: Sequence[packing.Row], filler: packing.Row, batch_size: int, kept: slice) -> packing.Row:
-    """Stacks the ``kept`` rows of a global batch; missing ones are padding."""
-    rows = [*rows, *[filler] * (batch_size - len(rows))][kept]
+def _batch(rows: Sequence[packing.Row], filler: packing.Row, batch_size: int) -> packing.Row:
+    """Stacks the rows of a batch; missing ones are padding."""
+    rows = [*rows, *[filler] * (batch_size - len(rows))]
     return {name: np.stack([row[name] for row in rows]) for name in filler}
 
 
@@ -92,9 +91,6 @@ def create(
     tokenizer: Tokenizer,
     split: corpora.Split,
     seed: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.IterDataset:
     """Batches of one split.
 
@@ -104,31 +100,23 @@ def create(
       split: "train" goes on for ever, in a new order each epoch; "holdout" is one pass in a fixed order, its last
         batch filled up with rows of padding.
       seed: Of the order, and of generated stories.
-      process_index: From 0 to ``process_count - 1``.
-      process_count: This process gets rows ``[index * B / count, (index + 1) * B / count)`` of each global batch.
 
     Returns:
-      A dataset of dicts with ``tokens``, ``segment_ids`` and ``positions``, int32 [B / process_count, T]. The state
+      A dataset of dicts with ``tokens``, ``segment_ids`` and ``positions``, int32 [B, T]. The state
       of its iterator is JSON-able, small, and that of the batch that was consumed last, whatever is prefetched.
 
     Raises:
-      UserError: The batch cannot be divided among the processes, or the corpus cannot be read.
+      UserError: The corpus cannot be read.
     """
     batch_size = config.batch_size
-    if batch_size % process_count:
-        raise UserError(
-            f"config.data.batch_size = {batch_size}: allowed is a multiple of the {process_count} processes"
-        )
     documents = grain.MapDataset.source(corpora.documents(config, split, seed))
     if split == "train":
         # A hashed seed keeps one run's second epoch from being another's first.
         documents = documents.shuffle(seed=_small(seed)).repeat()
-    share = batch_size // process_count
     make_batch = functools.partial(
         _batch,
         filler=packing.empty_row(config.sequence_length, tokenizer.pad_id),
         batch_size=batch_size,
-        kept=slice(process_index * share, (process_index + 1) * share),
     )
     batches = _rows(config, tokenizer, documents, seed).batch(batch_size, batch_fn=make_batch)
     if split == "train" and config.num_workers:

@@ -156,7 +156,7 @@ class _Stage:
             waited = time.perf_counter() - asked
             self.state, values = train_step(self.state, sharding.put_batch(self._mesh, batch))
             self.step += 1
-            clock.count(int(np.count_nonzero(batch["segment_ids"])) * jax.process_count(), waited)
+            clock.count(int(np.count_nonzero(batch["segment_ids"])), waited)
             positions.append((self.step, json.dumps(iterator.get_state())))
             if pending is not None:
                 self._guard(*pending, positions, writer)

@@ -28,7 +28,7 @@ class Parts:
       config: with everything resolved (the vocabulary size).
       init: variables of the whole model from a key, boxed with logical axes.
       terms: of stage 1 and stage 2, ``(params, batch, keys, reference) -> {name: Term}``.
-      dataset: ``(split, seed) -> grain.IterDataset`` of batches.
+      dataset: ``(split, seed) -> grain.IterDataset`` of batches, the same in every process.
       fingerprint: ``seed -> dict``, what defines the order of the data.
       difference: lines that tell two fingerprints apart.
       model, tokenizer: for the sampler.
@@ -53,12 +53,11 @@ def build(config: Config, workdir: Path) -> Parts:
     tokenizer = distributed.first(lambda: tokenizers.create(config.data, workdir / "tokenizer.model"))
     config = dataclasses.replace(config, vae=cola.with_vocabulary(config.vae, tokenizer.vocab_size))
     made = setup.model(config)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return Parts(
         config=config,
         init=made.init,
         terms=made.terms,
-        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed, **share),
+        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed),
         fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
         difference=pipeline.difference,
         model=made.model,

@@ -106,27 +106,6 @@ def test_holdout_is_one_pass_in_order_filled_up_with_padding(text_config, mode):
     assert _digest(batches) == _digest(other)
 
 
-@pytest.mark.parametrize("mode", ["concat", "pad"])
-@pytest.mark.parametrize("split", ["train", "holdout"])
-def test_processes_share_the_rows_of_each_global_batch(text_config, mode, split):
-    config = dataclasses.replace(text_config, packing=mode)
-
-    def batches(**options):
-        return [b for b, _ in zip(pipeline.create(config, TOKENIZER, split, 0, **options), range(12), strict=False)]
-
-    whole = batches()
-    parts = [batches(process_index=i, process_count=2) for i in range(2)]
-    assert [b["tokens"].shape for b in parts[0]] == [(2, 64)] * len(whole)
-    for i, batch in enumerate(whole):
-        for name in NAMES:
-            np.testing.assert_array_equal(batch[name], np.concatenate([part[i][name] for part in parts]))
-
-
-def test_a_batch_that_cannot_be_shared_is_a_user_error(text_config):
-    with pytest.raises(UserError, match=r"config\.data\.batch_size = 4: allowed is a multiple of the 3 processes"):
-        pipeline.create(text_config, TOKENIZER, "train", 0, process_count=3)
-
-
 # An epoch has about 9 batches: 7 and 8 go on across its end.
 @pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("mode", ["concat", "pad"])

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,84 @@ def test_non_finite_loss_stops_with_the_last_good_state(tmp_path):
     train(tmp_path)  # mended, it goes on
 
 
+def test_skipped_updates_are_told_and_resume_with_the_rest(tmp_path):
+    """The poisoned batches of 12 steps cost their updates and no more; a crash on the way leaves no trace."""
+    settings = toy_run.settings()
+    optimizer2 = dataclasses.replace(settings.optimizer2, max_skipped=4, spike_factor=50.0)
+    config = dataclasses.replace(settings, optimizer2=optimizer2)
+    iterator = iter(toy_run.dataset("train", loop.data_seed(0, 2)))
+    sums = [int(next(iterator)["tokens"].sum(axis=1).max()) for _ in range(12)]
+    limit = sorted(sums)[-2]
+    bad = [step for step, total in enumerate(sums, 1) if total >= limit]
+    lines = []
+    state = train(tmp_path / "whole", lines.append, config, poison_from=limit)
+    told = [line for line in lines if "update skipped" in line]
+    assert len(told) == len(bad) == int(state.guard.skipped)
+    assert all(f"stage 2  step {step}: update skipped, the {n}. of" in told[n - 1] for n, step in enumerate(bad, 1))
+    with pytest.raises(Crash):
+        train(tmp_path / "resumed", crash_at("stage 2  step 10/"), config, poison_from=limit)
+    again = train(tmp_path / "resumed", config=config, poison_from=limit)
+    assert same_bits(again, jax.tree.map(np.array, state))
+    for name in REPORTS:
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_profile(tmp_path):
+    config = toy_run.settings(steps=4)
+    loop.train(config, tmp_path, toy_run.parts(config), None, lambda line: None, profile_steps=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_runs_from_before_a_field_existed_go_on(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["train"]["hang_timeout"], saved["optimizer1"]["max_skipped"]
+    path.write_text(json.dumps(saved))
+    assert same_bits(train(tmp_path / "run"), whole[1])
+    saved["optimizer1"]["ema"] = 0.5
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"\(optimizer1.ema: 0.5 -> 0.0\)"):
+        train(tmp_path / "run")
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir = .*file.run: allowed is a directory that can be written"):
+        train(tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(whole, tmp_path):
+    """A limit on the size of files stands for the disk: both make a write fail in the middle."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import toy_run\n"
+        "from cola_jax.train import checkpoint, loop\n"
+        "from cola_jax.types import UserError\n"
+        "def say(line):\n"
+        "    if 'stage 2  step 6/' in line:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        "config = toy_run.settings()\n"
+        "try:\n"
+        "    loop.train(config, sys.argv[1], toy_run.parts(config), toy_run.sampler, say)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(2)\n"
+    )
+    tests = Path(__file__).parent
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert len(result.stdout.splitlines()) == 1 and str(tmp_path / "run") in result.stdout
+    assert verified.step_directories(tmp_path / "run" / "stage2")[0] == 4
+    lines = []
+    state = train(tmp_path / "run", lines.append)
+    assert any("resumed at step 4" in line for line in lines) and int(state.step) == int(whole[1].step)
+
+
 @pytest.mark.parametrize("stages", [(12, 0), (0, 12)])
 def test_a_single_stage(tmp_path, stages):
     config = toy_run.toy_model.config(
@@ -188,7 +267,7 @@ def _start(workdir, cache):
     )
     with open(workdir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
-            [sys.executable, tests / "toy_run.py", workdir], env=environment, stdout=log, stderr=log
+            [sys.executable, tests / "toy_run.py", f"--workdir={workdir}"], env=environment, stdout=log, stderr=log
         )
 
 

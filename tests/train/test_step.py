@@ -214,3 +214,75 @@ def test_evaluation_sums_over_batches():
 def test_logsnr_from_latent_powers():
     means = steps.add_derived({"latent_signal": jnp.asarray(1.0), "latent_noise": jnp.asarray(0.1)})
     np.testing.assert_allclose(means["logsnr"], np.log(10.0), rtol=1e-6)
+
+
+def guarded(limit, factor=0.0):
+    """A step whose loss is multiplied by the first token of the batch, and its state with a guard."""
+    optimizer = dataclasses.replace(OPTIMIZER, max_skipped=limit, spike_factor=factor, ema=0.9)
+    mesh = sharding.make_mesh(ONE)
+    transform, trained = optimizers.create(optimizer, 100, 1, None), ("vae",)
+
+    def terms(params, batch, keys, reference):
+        scale = batch["scale"][0, 0]
+        found = toy_model.stage1_terms(params, batch, keys)
+        return {name: term._replace(value=term.value * scale) for name, term in found.items()}
+
+    make = states.make_init(toy_model.init, transform, trained, groups=trained, ema=True, guard=True)
+    target = states.abstract(make, mesh)
+    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=100, seed=0)
+
+    def advance(state, number, scale=1.0):
+        batch = toy_model.batch(number) | {"scale": np.full((8, 1), scale, np.float32)}
+        return step(state, sharding.put_batch(mesh, batch))
+
+    return states.create(make, mesh, rng.key(0, "init")), advance
+
+
+def test_skipped_updates_change_nothing_but_the_step():
+    state, advance = guarded(limit=2)
+    state, _ = advance(state, 0)
+    before = jax.tree.map(np.array, (state.params, state.opt_state, state.ema))
+    for number, scale in ((1, np.nan), (2, np.inf)):
+        state, metrics = advance(state, number, scale)
+        assert metrics["finite"] == 1 and metrics["skipped"] == number
+        assert same_bits((state.params, state.opt_state, state.ema), before)
+    assert int(state.step) == 3 and int(state.guard.in_row) == 2
+    state, metrics = advance(state, 3)
+    assert metrics["skipped"] == 2 and int(state.guard.in_row) == 0 and int(state.guard.applied) == 2
+    # What the optimizer counts are the updates it has seen: this was its second.
+    assert metrics["learning_rate"] == pytest.approx(0.01)
+    assert not same_bits(state.params, before[0])
+    for number in (4, 5):
+        state, metrics = advance(state, number, np.nan)
+    held = jax.tree.map(np.array, state)
+    state, metrics = advance(state, 6, np.nan)
+    assert metrics["finite"] == 0 and same_bits(state.replace(finite=held.finite), held)
+    state, metrics = advance(state, 7)  # nothing moves any more, even where all would be well
+    assert metrics["finite"] == 0 and same_bits(state.replace(finite=held.finite), held)
+
+
+def test_spikes_are_skipped_once_an_average_is_known():
+    state, advance = guarded(limit=1, factor=4.0)
+    norms = []
+    for number in range(20):
+        state, metrics = advance(state, number, 20.0 if number == 3 else 1.0)  # too early to be called a spike
+        norms.append(float(metrics["grad_norm"]))
+        assert metrics["skipped"] == 0
+    assert float(state.guard.norm) == pytest.approx(np.mean(norms), rel=1e-5)
+    average = float(state.guard.norm)
+    state, metrics = advance(state, 20, 50.0)
+    assert metrics["skipped"] == 1 and metrics["grad_norm"] > 4 * average
+    assert float(state.guard.norm) == average
+    state, metrics = advance(state, 21)
+    assert metrics["skipped"] == 1 and metrics["finite"] == 1
+    state, _ = advance(state, 22, 50.0)
+    state, metrics = advance(state, 23, 50.0)
+    assert metrics["finite"] == 0 and int(state.step) == 23
+
+
+def test_norms_by_part_add_up():
+    state, step, mesh, _ = build(2)
+    _, (metrics,) = run(state, step, mesh, 1)
+    for norm in ("grad_norm", "update_norm"):
+        parts = [metrics[f"{norm}/{group}"] for group in ("vae", "dit")]
+        assert metrics[norm] == pytest.approx(np.hypot(*parts), rel=1e-5) and min(parts) > 0

@@ -1,12 +1,14 @@
-"""A run of the toy, in a process of its own or in the test's: ``python toy_run.py WORKDIR``."""
+"""A run of the toy in the test's process, or in processes of its own: ``python toy_run.py --workdir=DIR ...``."""
 
-import sys
+import time
 
 import grain
 import jax
 import numpy as np
 import toy_model
+from absl import flags
 
+from cola_jax import cli
 from cola_jax.train import loop
 from cola_jax.types import Term
 
@@ -64,14 +66,39 @@ def sampler(stage, step, variables):
     return [f"stage {stage} step {step}: {total!r}"]
 
 
-def settings(steps=12):
+def settings(steps=12, mesh=(1, 1, 1), accumulation=2, **train):
     return toy_model.config(
         stage1={"steps": steps},
         stage2={"steps": steps, "strategy": "interval", "interval": 3, "reference_weight": 0.1},
-        optimizer2={"ema": 0.9, "accumulation": 2},
+        optimizer2={"ema": 0.9, "accumulation": accumulation},
+        train={**dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), mesh, strict=True)), **train},
     )
 
 
+def _define_flags():
+    """Flags of a run; returns a function that carries it out."""
+    workdir = flags.DEFINE_string("workdir", None, "directory of the run")
+    steps = flags.DEFINE_integer("steps", 120, "of each stage")
+    accumulation = flags.DEFINE_integer("accumulation", 2, "of stage 2")
+    mesh = flags.DEFINE_list("mesh", ["1", "1", "1"], "data,fsdp,tensor")
+    hang_timeout = flags.DEFINE_float("hang_timeout", 0.0, "config.train.hang_timeout")
+    hang_at = flags.DEFINE_string("hang_at", None, "line of the console that never ends")
+    poison = flags.DEFINE_integer("poison_from", None, "see `parts`")
+    start = cli.machine_flags()
+
+    def say(line):
+        print(line, flush=True)
+        while hang_at.value and hang_at.value in line:
+            time.sleep(1)
+
+    def run():
+        start()
+        config = settings(steps.value, tuple(map(int, mesh.value)), accumulation.value, hang_timeout=hang_timeout.value)
+        one = jax.process_count() == 1
+        loop.train(config, workdir.value, parts(config, poison_from=poison.value), sampler if one else None, say)
+
+    return run
+
+
 if __name__ == "__main__":
-    config = settings(steps=120)
-    loop.train(config, sys.argv[1], parts(config), sampler)
+    cli.run(_define_flags())

@@ -1,0 +1,242 @@
+"""Kills runs of the toy at random moments and damages their checkpoints: nothing may be lost.
+
+    python tests/system/chaos.py --kills=100 --corruptions=100 --processes=1,2
+
+A run that was killed ends like one that was not: parameters, optimizer, moving average and position in the data by
+their hashes, metrics and samples byte by byte. A damaged newest checkpoint is reported, and the one before is restored
+bit for bit. The toy (tests/train) stands for the model, because a start of the real program takes longer than its
+steps; loop, checkpoints, metrics and processes are the real ones. Prints counts; any failure is an exception.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "train")]
+STEPS, REPORTS = 40, ("metrics.jsonl", "samples.jsonl")
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def _settings(count: int):
+    import toy_run
+
+    return toy_run.settings(STEPS, mesh=(count, 1, 1), log_every=1)
+
+
+def _join(workdir: Path, index: int, count: int, port: int) -> None:
+    log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import jax
+
+    from cola_jax.train import distributed
+
+    jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if count > 1:
+        distributed.initialize(f"127.0.0.1:{port}", count, index, timeout=120)
+
+
+def _train(workdir: Path, index: int, count: int, port: int) -> None:
+    _join(workdir, index, count, port)
+    import toy_run
+
+    from cola_jax.train import loop
+
+    config = _settings(count)
+    loop.train(config, workdir, toy_run.parts(config), toy_run.sampler)
+
+
+def _start(target, workdir: Path, count: int, *arguments) -> list:
+    import processes
+
+    port = processes.free_port()
+    started = [_CONTEXT.Process(target=target, args=(workdir, i, count, port, *arguments)) for i in range(count)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _wait(started: list, what: str, timeout: float = 300) -> None:
+    deadline = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    statuses = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    if any(statuses):
+        raise AssertionError(f"{what}: exit statuses {statuses}")
+
+
+def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
+    """Kills the processes at a random moment, more often than not around a commit; False if they ended before."""
+    stages = [workdir / "stage1", workdir / "stage2"]
+
+    def names() -> set:
+        return {path for stage in stages for path in stage.glob("*")}
+
+    seen, wait, deadline = names(), draw.randint(1, 6), time.monotonic() + draw.uniform(0.5, 12.0)
+    at_commit = draw.random() < 0.7
+    while all(process.is_alive() for process in started):
+        new = names() - seen  # a checkpoint that is being written, or has just been committed
+        seen |= new
+        wait -= len(new)
+        if at_commit and wait <= 0:
+            time.sleep(draw.uniform(0, 0.03))
+            break
+        if not at_commit and time.monotonic() > deadline:
+            break
+        time.sleep(0.001)
+    else:
+        return False
+    for process in draw.sample(started, len(started)):
+        process.kill()
+        time.sleep(draw.choice([0, 0.02, 0.3]) if len(started) > 1 else 0)
+    for process in started:
+        process.join()
+    return any(process.exitcode == -signal.SIGKILL for process in started)
+
+
+def _assert_same(workdir: Path, whole: Path) -> None:
+    from cola_jax.train import verified
+
+    for name in REPORTS:
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), f"{workdir / name} differs"
+    for stage in ("stage1", "stage2"):
+        bodies = [verified.read_meta(run / stage / str(STEPS)) for run in (workdir, whole)]
+        assert bodies[0] == bodies[1], f"{workdir / stage} differs"
+
+
+def kills(place: Path, number: int, count: int, draw: random.Random) -> dict[str, int]:
+    """At least ``number`` SIGKILLs of runs of ``count`` processes, each followed by a restart."""
+    whole, found = place / f"whole{count}", {"kills": 0, "runs": 0}
+    _wait(_start(_train, whole, count), "the undisturbed run")
+    while found["kills"] < number:
+        workdir = place / f"killed{count}-{found['runs']}"
+        for _ in range(min(12, number - found["kills"])):
+            started = _start(_train, workdir, count)
+            if not _kill(started, workdir, draw):
+                break
+            found["kills"] += 1
+        _wait(_start(_train, workdir, count), f"{workdir}, to its end")
+        _assert_same(workdir, whole)
+        shutil.rmtree(workdir)
+        found["runs"] += 1
+        print(f"{count} processes: {found}", flush=True)
+    return found
+
+
+def _damage(step: Path, draw: random.Random) -> str:
+    """Flips a bit of a file of the step's items, cuts it off, or deletes it or a whole item; says what it did."""
+    files = sorted(path for path in step.glob("*/**/*") if path.is_file() and path.stat().st_size)
+    victim, kind = draw.choice(files), draw.choice(["flip", "flip", "truncate", "delete", "delete item"])
+    content = bytearray(victim.read_bytes())
+    if kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        victim.write_bytes(content)
+    elif kind == "truncate":
+        victim.write_bytes(content[: draw.randrange(len(content))])
+    elif kind == "delete":
+        victim.unlink()
+    else:
+        shutil.rmtree(step / victim.relative_to(step).parts[0])
+    return f"{kind} {victim.relative_to(step)}"
+
+
+def _corrupt(workdir: Path, index: int, count: int, port: int, source: Path, number: int, seed: int) -> None:
+    """In each process of a group: restores copies of a stage whose newest step is damaged."""
+    _join(workdir, index, count, port)
+    import jax
+    import toy_model
+    from jax.experimental import multihost_utils
+
+    from cola_jax import sharding
+    from cola_jax.train import checkpoint, optimizer, state, verified
+
+    config, draw = _settings(count), random.Random(seed)
+    trained = optimizer.trained_groups(2, config.stage2.strategy)
+    transform = optimizer.create(config.optimizer2, STEPS, 2, config.stage2)
+    target = state.abstract(
+        state.make_init(toy_model.init, transform, trained, ema=True, reference=True), sharding.make_mesh(config.train)
+    )
+    _, before = verified.step_directories(source)[:2]
+    expected = verified.read_meta(source / str(before))["hashes"]
+
+    def together(name: str) -> None:
+        if count > 1:
+            multihost_utils.sync_global_devices(name)
+
+    kinds = {}
+    for turn in range(number):
+        place, said = workdir / str(turn), []
+        if index == 0:
+            shutil.copytree(source, place, ignore=shutil.ignore_patterns("rejected"))
+            what = _damage(place / str(STEPS), draw)
+            kinds[what.split(" ")[0]] = kinds.get(what.split(" ")[0], 0) + 1
+        together(f"damaged {turn}")
+        manager = checkpoint.Checkpoints(place, 3, said.append)
+        step, restored, _ = manager.restore(target)
+        got = verified.hashes(checkpoint._items(restored))
+        manager.close()
+        if index == 0:
+            assert step == before and len(said) == 1 and "damaged" in said[0], f"{what}: step {step}, said {said}"
+            assert got == expected, f"{what}: step {step} is not as it was"
+            print(f"{what}: {said[0].split('not used: ')[1]}", flush=True)
+        together(f"restored {turn}")
+        if index == 0:
+            shutil.rmtree(place)
+    if index == 0:
+        print(f"{count} processes: {number} corruptions, all detected and recovered from: {kinds}", flush=True)
+    jax.effects_barrier()
+
+
+def corruptions(place: Path, number: int, count: int, seed: int) -> None:
+    """So many damaged copies of the checkpoints of a whole run, restored by so many processes."""
+    whole = place / f"whole{count}"
+    if not whole.exists():
+        _wait(_start(_train, whole, count), "the undisturbed run")
+    workdir = place / f"corrupted{count}"
+    workdir.mkdir()
+    _wait(_start(_corrupt, workdir, count, whole / "stage2", number, seed), "damaged checkpoints", timeout=1800)
+
+
+def prepare() -> None:
+    """Imports what the processes need once, in a server from which they are forked."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+    _CONTEXT.set_forkserver_preload(["toy_run", "cola_jax.train.loop", "cola_jax.train.distributed"])
+
+
+def main(argv: list[str]) -> None:
+    from absl import flags
+
+    kill_count = flags.DEFINE_integer("kills", 100, "SIGKILLs in all, three quarters of them on the first number")
+    damage_count = flags.DEFINE_integer("corruptions", 100, "damaged checkpoints for each number of processes")
+    counts = flags.DEFINE_list("processes", ["1", "2"], "numbers of processes of a run")
+    seed = flags.DEFINE_integer("seed", 0, "of moments and damages")
+    workdir = flags.DEFINE_string("workdir", "/tmp/chaos", "an empty directory for the runs")
+    flags.FLAGS(argv)
+    prepare()
+    place, started = Path(workdir.value).absolute(), time.monotonic()
+    place.mkdir(parents=True, exist_ok=True)
+    numbers, total = list(map(int, counts.value)), 0
+    for position, count in enumerate(numbers):
+        share = kill_count.value if len(numbers) == 1 else kill_count.value * (3 if position == 0 else 1) // 4
+        if share:
+            total += kills(place, share, count, random.Random(seed.value + count))["kills"]
+        if damage_count.value:
+            corruptions(place, damage_count.value, count, seed.value)
+    seconds = time.monotonic() - started
+    print(f"{total} kills, {damage_count.value * len(numbers)} corruptions: nothing lost; {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

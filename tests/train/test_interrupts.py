@@ -1,0 +1,53 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cola_jax.train import devices, interrupts
+
+HANGS = """
+import sys, time
+from cola_jax.train.interrupts import Watchdog
+with Watchdog(1.0) as watchdog:
+    for _ in range(8):
+        time.sleep(0.4)
+        watchdog.beat()
+    print("alive", flush=True)
+    if sys.argv[1:]:
+        time.sleep(60)
+time.sleep(2)
+print("ended")
+"""
+
+
+def call(*arguments):
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-c", HANGS, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_watchdog_ends_what_hangs_and_nothing_else():
+    result = call()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "alive\nended\n", "")
+    result = call("hang")
+    assert result.returncode == interrupts.HUNG and result.stdout == "alive\n"
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("error: process 0 of 1: no step has ended for 1 s (config.train.hang_timeout)")
+    assert 'File "<string>", line 9' in result.stderr  # the stack of the main thread
+
+
+def test_no_watchdog_without_a_timeout():
+    with interrupts.Watchdog(0.0):
+        time.sleep(0.1)
+
+
+def test_statuses():
+    assert interrupts.Interrupted("", signal.SIGTERM).status == 75
+    assert interrupts.Interrupted("", signal.SIGINT).status == 130
+
+
+def test_peak_flops_by_device_kind():
+    assert devices.peak_flops("TPU v5 lite") == 197e12 and devices.peak_flops("TPU v5p") == 459e12
+    assert devices.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and devices.peak_flops("cpu") == 0.0

@@ -1,0 +1,153 @@
+"""Runs of several processes with virtual devices, on a toy model."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+from cola_jax.train import checkpoint as checkpoints
+from cola_jax.train import verified
+
+pytestmark = pytest.mark.slow  # every process imports and compiles
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(workdir, cache, mesh="1,1,1", *arguments, steps=25, **options):
+    started = processes.start(
+        workdir, cache, f"--steps={steps}", "--accumulation=1", f"--mesh={mesh}", *arguments, **options
+    )
+    statuses = processes.wait(started)
+    assert set(statuses) == {0}, processes.log(workdir)[-3000:]
+
+
+def losses(workdir) -> dict:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(row["stage"], row["step"], row["kind"]): row["loss"] for row in rows}
+
+
+def body(workdir, step: int, stage: int = 2) -> dict:
+    return verified.read_meta(workdir / f"stage{stage}" / str(step))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, cache):
+    """50 steps, 25 of each stage, in one process on one device."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    run(workdir, cache)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "count, devices, mesh",
+    [
+        *[(1, 8, mesh) for mesh in ("8,1,1", "1,8,1", "1,1,8", "2,2,2")],
+        *[(2, 2, mesh) for mesh in ("4,1,1", "1,4,1", "1,1,4", "1,2,2")],
+        *[(4, 2, mesh) for mesh in ("8,1,1", "2,2,2")],
+    ],
+)
+def test_meshes_and_processes_give_the_same_run(one, cache, tmp_path, count, devices, mesh):
+    workdir = tmp_path / "run"
+    run(workdir, cache, mesh, count=count, devices=devices)
+    expected, found = losses(one), losses(workdir)
+    assert expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-6)
+    trees = [checkpoints.load_params(place).variables for place in (one, workdir)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *trees)
+
+
+def test_saved_by_two_processes_and_continued_by_one_and_four(cache, tmp_path):
+    """A signal at one process stops both after the same step; the data goes on in the same order on any mesh."""
+    saved = tmp_path / "saved"
+    started = processes.start(saved, cache, "--accumulation=1", "--mesh=2,1,1", "--steps=200", count=2)
+    deadline = time.time() + 200
+    while "stage 2  step 2/" not in processes.log(saved) and time.time() < deadline:
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)  # not at the one that speaks
+    assert processes.wait(started) == [75, 75], processes.log(saved)
+    assert "stopped by SIGTERM after step" in processes.log(saved)
+    step = verified.step_directories(saved / "stage2")[0]
+    assert 2 < step < 200
+    ends = []
+    for count, devices, mesh in ((2, 1, "2,1,1"), (1, 1, "1,1,1"), (4, 2, "2,2,2")):
+        workdir = tmp_path / f"on{count}"
+        shutil.copytree(saved, workdir)
+        run(workdir, cache, mesh, count=count, devices=devices, steps=200)
+        assert f"resumed at step {step} of 200" in processes.log(workdir)
+        ends.append((losses(workdir), body(workdir, 200)["data"]))
+    for found, position in ends[1:]:
+        assert position == ends[0][1] and found.keys() == ends[0][0].keys()
+        np.testing.assert_allclose(list(found.values()), list(ends[0][0].values()), rtol=1e-5)
+
+
+def test_saved_on_data_restored_on_fsdp_and_tensor(one, cache, tmp_path):
+    """Nothing is trained: the restored state has the saved hashes on any mesh."""
+    workdir = tmp_path / "run"
+    run(workdir, cache, "8,1,1", devices=8)
+    saved = body(workdir, 25)
+    for mesh, devices in (("1,4,2", 8), ("1,1,1", 1)):
+        before = {path: path.read_bytes() for path in (workdir / "stage2").rglob("*") if path.is_file()}
+        run(workdir, cache, mesh, devices=devices)  # restores, verifies the hashes on this mesh, and has nothing to do
+        assert "stage 2 is complete" in processes.log(workdir)
+        assert before == {path: path.read_bytes() for path in (workdir / "stage2").rglob("*") if path.is_file()}
+    assert body(workdir, 25) == saved
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_that_never_joins(cache, tmp_path, present):
+    workdir, began = tmp_path / "run", time.time()
+    started = processes.start(workdir, cache, "--join_timeout=5", count=2, only=[present])
+    assert processes.wait(started, 60) == [2] and time.time() - began < 50
+    (line,) = processes.log(workdir, present).splitlines()
+    assert line.startswith("error: --coordinator = ") and "not all processes joined within 5 s" in line
+    assert not workdir.exists()
+
+
+def test_a_step_that_hangs_ends_all_processes_with_their_stacks(cache, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ("--mesh=2,1,1", "--accumulation=1", "--steps=12", "--hang_timeout=20", "--hang_at=stage 2  step 6/")
+    started = processes.start(workdir, cache, *arguments, count=2)
+    statuses = processes.wait(started, 200)
+    assert 76 in statuses and 0 not in statuses, processes.log(workdir)
+    hung = processes.log(workdir, statuses.index(76))
+    assert "no step has ended for 20 s (config.train.hang_timeout)" in hung and 'File "' in hung and "loop.py" in hung
+    run(workdir, cache, "2,1,1", count=2, steps=12)  # the same command goes on
+
+
+def test_a_killed_process_ends_the_others(cache, tmp_path):
+    workdir = tmp_path / "run"
+    started = processes.start(workdir, cache, "--mesh=2,1,1", "--accumulation=1", "--steps=100000", count=2)
+    deadline = time.time() + 200
+    while "stage 1  step 20/" not in processes.log(workdir) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(started[1].pid, signal.SIGKILL)
+    statuses = processes.wait(started, 150)
+    assert statuses[0] in (75, -signal.SIGABRT), processes.log(workdir)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--coordinator=here", "--process_count=2", "--process_id=0"], "--coordinator = here: allowed is host:port"),
+        (["--coordinator=a:1", "--process_count=2"], "--process_id is missing"),
+        (["--coordinator=a:1", "--process_count=2", "--process_id=2"], "--process_id = 2: allowed is a number from 0"),
+        (["--join_timeout=0"], "--join_timeout = 0: allowed is a positive number"),
+        (["--mesh=3,1,1"], "config.data.batch_size = 8"),
+        (["--mesh=16,1,1"], "config.train.mesh_* = (16, 1, 1): allowed is a product of at most 8 devices"),
+    ],
+)
+def test_bad_flags_are_one_line(cache, tmp_path, flags, words):
+    workdir = tmp_path / "run"
+    (process,) = processes.start(workdir, cache, *flags, devices=8)
+    assert processes.wait([process], 100) == [2]
+    (line,) = processes.log(workdir).splitlines()
+    assert line.startswith("error: ") and words in line
