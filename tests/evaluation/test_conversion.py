@@ -16,7 +16,7 @@ from cola_jax import config as configs
 from cola_jax import release, rng, sampling, sharding
 from cola_jax.evaluation import conversion, trained
 from cola_jax.released import files
-from cola_jax.train import checkpoint, loop
+from cola_jax.train import checkpoint, loop, verified
 from cola_jax.types import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -104,7 +104,7 @@ def test_parameters_are_verified(run, tmp_path):
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         meta = checkpointer.restore(place / "stage2/0/meta")
         meta["body"]["hashes"]["params"]["vae/encoder/wte"] ^= 1
-        meta["checksum"] = checkpoint._checksum(meta["body"])
+        meta["checksum"] = verified.checksum(meta["body"])
         shutil.rmtree(place / "stage2/0/meta")
         checkpointer.save(place / "stage2/0/meta", args=ocp.args.JsonSave(meta))
     with pytest.raises(UserError, match="stage2/0: params vae/encoder/wte does not match its hash"):
