@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "train")]
-STEPS, REPORTS = 40, ("metrics.jsonl", "samples.jsonl")
+STEPS, REPORTS = 24, ("metrics.jsonl", "samples.jsonl")
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -82,7 +82,7 @@ def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
     def names() -> set:
         return {path for stage in stages for path in stage.glob("*")}
 
-    seen, wait, deadline = names(), draw.randint(1, 6), time.monotonic() + draw.uniform(0.5, 12.0)
+    seen, wait, deadline = names(), draw.randint(1, 4), time.monotonic() + draw.uniform(0.5, 9.0)
     at_commit = draw.random() < 0.7
     while all(process.is_alive() for process in started):
         new = names() - seen  # a checkpoint that is being written, or has just been committed

@@ -35,7 +35,7 @@ def test_watchdog_ends_what_hangs_and_nothing_else():
     assert result.returncode == interrupts.HUNG and result.stdout == "alive\n"
     first = result.stderr.splitlines()[0]
     assert first.startswith("error: process 0 of 1: no step has ended for 1 s (config.train.hang_timeout)")
-    assert 'File "<string>", line 9' in result.stderr  # the stack of the main thread
+    assert 'File "<string>", line 10' in result.stderr  # the stack of the main thread
 
 
 def test_no_watchdog_without_a_timeout():
