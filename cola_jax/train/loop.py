@@ -88,7 +88,8 @@ class _Stage:
             shapes = [list(tree[name].shape) if name in tree else None for tree in (given, needed)]
             if shapes[0] != shapes[1]:
                 raise UserError(f"config.train.init_from = {path}: {name} is {shapes[0]}, this run needs {shapes[1]}")
-        return groups
+        # Arrays of one device cannot enter a computation of several processes; what all have on the host can.
+        return groups if jax.process_count() == 1 else jax.tree.map(np.asarray, groups)
 
     def __enter__(self) -> "_Stage":
         return self

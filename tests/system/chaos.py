@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "train")]
-STEPS, REPORTS = 40, ("metrics.jsonl", "samples.jsonl")
+STEPS, REPORTS = 80, ("metrics.jsonl", "samples.jsonl")
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -82,7 +82,7 @@ def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
     def names() -> set:
         return {path for stage in stages for path in stage.glob("*")}
 
-    seen, wait, deadline = names(), draw.randint(1, 6), time.monotonic() + draw.uniform(0.5, 12.0)
+    seen, wait, deadline = names(), draw.randint(1, 4), time.monotonic() + draw.uniform(0.5, 6.0)
     at_commit = draw.random() < 0.7
     while all(process.is_alive() for process in started):
         new = names() - seen  # a checkpoint that is being written, or has just been committed
@@ -120,7 +120,7 @@ def kills(place: Path, number: int, count: int, draw: random.Random) -> dict[str
     _wait(_start(_train, whole, count), "the undisturbed run")
     while found["kills"] < number:
         workdir = place / f"killed{count}-{found['runs']}"
-        for _ in range(min(12, number - found["kills"])):
+        for _ in range(min(20, number - found["kills"])):
             started = _start(_train, workdir, count)
             if not _kill(started, workdir, draw):
                 break
@@ -135,7 +135,9 @@ def kills(place: Path, number: int, count: int, draw: random.Random) -> dict[str
 
 def _damage(step: Path, draw: random.Random) -> str:
     """Flips a bit of a file of the step's items, cuts it off, or deletes it or a whole item; says what it did."""
-    files = sorted(path for path in step.glob("*/**/*") if path.is_file() and path.stat().st_size)
+    # But for the marker that Orbax adds after the checksums; like _CHECKPOINT_METADATA it holds nothing of the run.
+    marker = step / "files" / "commit_success.txt"
+    files = sorted(path for path in step.glob("*/**/*") if path.is_file() and path.stat().st_size and path != marker)
     victim, kind = draw.choice(files), draw.choice(["flip", "flip", "truncate", "delete", "delete item"])
     content = bytearray(victim.read_bytes())
     if kind == "flip":
@@ -192,6 +194,7 @@ def _corrupt(workdir: Path, index: int, count: int, port: int, source: Path, num
         together(f"restored {turn}")
         if index == 0:
             shutil.rmtree(place)
+    together("done")
     if index == 0:
         print(f"{count} processes: {number} corruptions, all detected and recovered from: {kinds}", flush=True)
     jax.effects_barrier()
@@ -205,6 +208,8 @@ def corruptions(place: Path, number: int, count: int, seed: int) -> None:
     workdir = place / f"corrupted{count}"
     workdir.mkdir()
     _wait(_start(_corrupt, workdir, count, whole / "stage2", number, seed), "damaged checkpoints", timeout=1800)
+    said = Path(f"{workdir}.log").read_text().splitlines()
+    print(next(line for line in said if "all detected" in line), flush=True)
 
 
 def prepare() -> None:
