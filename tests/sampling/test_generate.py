@@ -296,7 +296,7 @@ def test_output_ends_with_the_noise():
 @pytest.mark.parametrize(
     ("batch_size", "conditioning"),
     [
-        (3, "clean"),
+        pytest.param(3, "clean", marks=pytest.mark.slow),
         pytest.param(4, "repaint", marks=pytest.mark.slow),
         pytest.param(1, "clean", marks=pytest.mark.slow),
     ],

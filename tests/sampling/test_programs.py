@@ -14,6 +14,7 @@ SETTINGS = Settings(steps=2, guidance_scale=3.0, max_new_tokens=5)
 OPTIONS = ({"num_heads": 2}, {"num_heads": 2, "no_history_vector": True})
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
     """Sequences over data and fsdp, heads over tensor, parameters sharded as in training."""
     model, params = create(*OPTIONS)

@@ -166,6 +166,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(tmp_path):
     train(tmp_path)  # mended, it goes on
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_told_and_resume_with_the_rest(tmp_path):
     """The poisoned batches of 12 steps cost their updates and no more; a crash on the way leaves no trace."""
     settings = toy_run.settings()
@@ -188,6 +189,7 @@ def test_skipped_updates_are_told_and_resume_with_the_rest(tmp_path):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_profile(tmp_path):
     config = toy_run.settings(steps=4)
     loop.train(config, tmp_path, toy_run.parts(config), None, lambda line: None, profile_steps=(2, 3))

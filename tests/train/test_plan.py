@@ -40,6 +40,7 @@ def held(stage, **mesh):
     return plan._bytes(states.abstract(made.make, sharding.make_mesh(configs.TrainConfig(**mesh), jax.devices())))
 
 
+@pytest.mark.slow
 def test_a_report_counts_what_a_device_holds():
     made = report(1, mesh_data=1)
     assert math.isclose(made.state, 3 * made.parameters * 4, rel_tol=1e-3)  # parameters and two moments
