@@ -34,8 +34,10 @@ everywhere() {
 }
 
 install() {
-  tar czf /tmp/cola_jax.tgz --exclude=runs --exclude=.venv --exclude=.git .
-  gcloud compute tpus tpu-vm scp /tmp/cola_jax.tgz "$NAME": --zone="$ZONE" --worker=all
+  local archive
+  archive=$(mktemp -d)/cola_jax.tgz
+  tar czf "$archive" --exclude=runs --exclude=.venv --exclude=.git .
+  gcloud compute tpus tpu-vm scp "$archive" "$NAME": --zone="$ZONE" --worker=all
   everywhere 'mkdir -p cola_jax && tar xzf cola_jax.tgz -C cola_jax && cd cola_jax &&
     python3 -m venv .venv && .venv/bin/pip install -q -e ".[tpu]"'
 }
