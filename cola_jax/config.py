@@ -284,6 +284,35 @@ class OptimizerConfig:
             _require(0 <= value < 1, f"{part}.{name}", value, "a number from 0 to below 1")
 
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxesConfig:
+    """Which axis of the mesh divides each logical axis of the parameters and activations; "": none.
+
+    The examples of a batch are over data and fsdp, so that channels of activations can only be over tensor.
+    """
+
+    embed: str = "fsdp"  # width of the parameters' residual stream; that of activations is whole
+    vocab: str = "tensor"
+    mlp: str = "tensor"
+    heads: str = "tensor"
+    kv: str = ""  # channels of a head
+    latent: str = ""
+    time: str = ""  # the time embedding
+
+    def validate(self, part: str = "train.axes") -> None:
+        for name in ("embed", "vocab", "latent", "time"):
+            _require_choice(part, self, name, ("", *MESH_AXES))
+        for name in ("mlp", "heads", "kv"):
+            _require_choice(part, self, name, ("", "tensor"))
+        for name, others in {"embed": ("vocab", "mlp", "heads", "latent", "time"), "heads": ("kv",)}.items():
+            value = getattr(self, name)
+            shared = [other for other in others if value and getattr(self, other) == value]
+            _require(not shared, f"{part}.{name}", value, f"another axis than that of {', '.join(shared)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop around the steps."""
@@ -300,6 +329,7 @@ class TrainConfig:
     mesh_data: int = 0  # devices along each mesh axis; 0 (one axis at most): all that are left
     mesh_fsdp: int = 1
     mesh_tensor: int = 1
+    axes: AxesConfig = AxesConfig()
     hang_timeout: float = 0.0  # seconds without the end of a step (the first one compiles) that end a process; 0: never
     peak_flops: float = 0.0  # FLOP/s of a device in bfloat16, for the MFU; 0: known devices only
 
@@ -309,6 +339,7 @@ class TrainConfig:
         _require_at_least(0, "train", self, "sample_every", "num_samples", "mesh_data", "mesh_fsdp", "mesh_tensor")
         _require_at_least(0, "train", self, "hang_timeout", "peak_flops")
         _require_choice("train", self, "compute_dtype", ("float32", "bfloat16"))
+        self.axes.validate()
         axes = (self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
         _require(axes.count(0) <= 1, "train.mesh_*", axes, "at most one axis of 0 (all devices that are left)")
 

@@ -14,25 +14,22 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cola_jax.config import TrainConfig
+from cola_jax.config import MESH_AXES, AxesConfig, TrainConfig, to_dict
 from cola_jax.types import PyTree, UserError
 
-AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Every logical name must be here: a name without a rule is an error, never a silent replication.
-RULES = (
-    ("batch", BATCH_AXES),
-    ("embed", "fsdp"),
-    ("vocab", "tensor"),
-    ("mlp", "tensor"),
-    ("heads", "tensor"),
-    ("kv", None),
-    ("latent", None),
-    ("time", None),
-    ("layers", None),
-    ("length", None),
-)
+# Logical axis names and the mesh axes that divide them.
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+def make_rules(config: AxesConfig) -> Rules:
+    """Every logical name with its rule: a name without one is an error, never a silent replication."""
+    chosen = [(name, axis or None) for name, axis in to_dict(config).items()]
+    return (("batch", BATCH_AXES), *chosen, ("length", None), ("layers", None))
+
+
+RULES = make_rules(AxesConfig())
 
 
 def make_mesh(config: TrainConfig, devices=None) -> Mesh:
@@ -65,7 +62,7 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
             f"{jax.process_count()} processes"
         )
     # Auto axes: Linen's logical constraints raise on Explicit ones, the default of jax.make_mesh.
-    return Mesh(arrange(tuple(sizes), devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange(tuple(sizes), devices[:total]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def arrange(sizes: tuple[int, int, int], devices: list) -> np.ndarray:
@@ -89,11 +86,11 @@ def arrange(sizes: tuple[int, int, int], devices: list) -> np.ndarray:
 @functools.cache
 def _report_replicated(name: str, size: int, axis: str, axis_size: int) -> None:
     logging.getLogger(__name__).warning(
-        "parameter axis %r of size %d is replicated: mesh axis %r of %d does not divide it", name, size, axis, axis_size
+        "logical axis %r of size %d is replicated: mesh axis %r of %d does not divide it", name, size, axis, axis_size
     )
 
 
-def partition_spec(names, shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def partition_spec(names, shape, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PartitionSpec:
     """The partition of an array whose axes have these logical names (None: not partitioned).
 
     A mesh axis that does not divide the dimension is dropped (small models), and that is logged once.
@@ -101,13 +98,13 @@ def partition_spec(names, shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     Raises:
       ValueError: a name without a rule, or two names that want the same mesh axis.
     """
-    rules, spec, used = dict(RULES), [], set()
+    known, spec, used = dict(rules), [], set()
     if len(names) != len(shape):
         raise ValueError(f"logical axes {tuple(names)} do not fit the shape {tuple(shape)}")
     for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in rules:
-            raise ValueError(f"logical axis {name!r} in {tuple(names)} has no rule; known are {', '.join(rules)}")
-        axes = rules.get(name)
+        if name is not None and name not in known:
+            raise ValueError(f"logical axis {name!r} in {tuple(names)} has no rule; known are {', '.join(known)}")
+        axes = known.get(name)
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis in used:
                 raise ValueError(f"logical axes {tuple(names)} use the mesh axis {axis!r} twice")
@@ -120,17 +117,18 @@ def partition_spec(names, shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def shardings(boxed: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+def shardings(boxed: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PyTree:
     """NamedShardings for a tree of abstract arrays, with the boxes of `nn.with_logical_partitioning` removed.
 
     Args:
       boxed: a tree from `jax.eval_shape`; leaves without a box are replicated.
       mesh: from `make_mesh`.
+      rules: from `make_rules`.
     """
 
     def leaf(x):
         if isinstance(x, nn.Partitioned):
-            return NamedSharding(mesh, partition_spec(x.names, x.value.shape, mesh))
+            return NamedSharding(mesh, partition_spec(x.names, x.value.shape, mesh, rules))
         return replicated(mesh)
 
     return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
@@ -167,15 +165,15 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
 
 
 @contextlib.contextmanager
-def activate(mesh: Mesh):
+def activate(mesh: Mesh, rules: Rules = RULES):
     """Makes `constrain` and Linen's logical constraints act on ``mesh`` while a function is traced."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         yield
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Keeps an activation partitioned as its logical axis names say; without a mesh, ``x`` as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """Keeps an activation partitioned as its logical axis names say; outside `activate`, ``x`` as it is."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if mesh.empty or not rules:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, rules))

@@ -21,7 +21,7 @@ _EOS_ID = flags.DEFINE_integer("eos_id", -1, "to a run: end of text; default: fr
 _PAD_ID = flags.DEFINE_integer("pad_id", -1, "to a run: padding; default: from tokenizer.json", -1)
 _SHARD = flags.DEFINE_float("max_shard_gb", 50.0, "to a released checkpoint: largest weights file", 1e-6)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "to a released checkpoint: replace one that is there")
-_MESH = {axis: flags.DEFINE_integer(f"mesh_{axis}", 1, "to a run: devices along this axis") for axis in sharding.AXES}
+_MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "to a run: devices along this axis") for n in config.MESH_AXES}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from cola_jax import cli, rng, sharding
-from cola_jax.config import TrainConfig
+from cola_jax.config import MESH_AXES, TrainConfig
 from cola_jax.evaluation import score_file, trained
 from cola_jax.likelihood import Settings, estimators, requests
 from cola_jax.types import UserError
@@ -28,7 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "file for the results")
 _SEED = flags.DEFINE_integer("seed", 0, "of all draws; those of line i depend on (seed, i) alone")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "rows scored at a time", lower_bound=1)
 _END_OF_TEXT = flags.DEFINE_bool("end_of_text", True, "texts and responses are complete: score their end, too")
-_MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "devices; 0: all that are left") for n in sharding.AXES}
+_MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "devices; 0: all that are left") for n in MESH_AXES}
 _KINDS = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 _SETTINGS = {
     field.name: _KINDS[field.type](field.name, field.default, "see cola_jax.likelihood.Settings")

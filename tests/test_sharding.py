@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from cola_jax import config as configs
 from cola_jax import sharding
-from cola_jax.config import TrainConfig
+from cola_jax.config import MESH_AXES, AxesConfig, TrainConfig
 from cola_jax.train import setup
 from cola_jax.train import state as states
 from cola_jax.types import UserError
@@ -62,6 +62,35 @@ def test_mesh_of_some_devices():
 def test_rules(shape, names, expected):
     mesh = sharding.make_mesh(CUBE)
     assert sharding.shardings(box(shape, *names), mesh).spec == PartitionSpec(*expected)
+
+
+def test_rules_of_a_config():
+    mesh, rules = (
+        sharding.make_mesh(CUBE),
+        sharding.make_rules(AxesConfig(embed="data", time="fsdp", heads="", kv="tensor")),
+    )
+    assert sharding.shardings(box((4, 8, 6), "layers", "embed", "mlp"), mesh, rules).spec == PartitionSpec(
+        None, "data", "tensor"
+    )
+    assert sharding.shardings(box((8, 4, 2), "time", "heads", "kv"), mesh, rules).spec == PartitionSpec(
+        "fsdp", None, "tensor"
+    )
+    with sharding.activate(mesh, rules), pytest.raises(ValueError, match="'fsdp' twice"):
+        jax.eval_shape(lambda x: sharding.constrain(x, "batch", "time"), jnp.ones((8, 8)))
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ({"embed": "model"}, "axes.embed = 'model': allowed is one of '', 'data', 'fsdp', 'tensor'"),
+        ({"mlp": "fsdp"}, "axes.mlp = 'fsdp': allowed is one of '', 'tensor'"),
+        ({"embed": "tensor"}, "axes.embed = 'tensor': allowed is another axis than that of vocab, mlp, heads"),
+        ({"kv": "tensor"}, "axes.heads = 'tensor': allowed is another axis than that of kv"),
+    ],
+)
+def test_rules_that_cannot_be(axes, message):
+    with pytest.raises(UserError, match=message):
+        configs.parse({"train": {"axes": axes}})
 
 
 def test_unknown_name_is_an_error():
@@ -148,7 +177,7 @@ def test_slices_and_nodes_are_crossed_by_one_axis(platform, sizes, axis):
 def test_every_parameter_of_the_full_size_lies_where_it_should():
     """The golden file has the partition of each parameter and of its moments on data 2 x fsdp 4 x tensor 2."""
     config = configs.parse(importlib.import_module("configs.paper_2b").get_config())
-    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    mesh = AbstractMesh((2, 4, 2), MESH_AXES)
     made = setup.model(config)
     target = states.abstract(setup.stage(config, 2, made.init).make, mesh)
 

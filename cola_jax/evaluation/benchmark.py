@@ -4,6 +4,7 @@ Repetitions of what is measured alternate with the matrix multiplication, so tha
 are those of the fastest repetition.
 """
 
+import dataclasses
 import functools
 import math
 import resource
@@ -19,9 +20,8 @@ from cola_jax import rng, sampling, sharding
 from cola_jax.config import Config, DiTConfig
 from cola_jax.models import cola
 from cola_jax.models.cola import ColaDLM
-from cola_jax.objectives import stage2
 from cola_jax.sampling.blocks import Plan
-from cola_jax.train import metrics, optimizer, state, step
+from cola_jax.train import metrics, setup, state, step
 from cola_jax.types import Params
 
 
@@ -156,28 +156,19 @@ def generation(config: Config, dtype: str, batch: int, prompt: int, settings: sa
 
 def training(config: Config, dtype: str, batch: int, repeats: int) -> dict:
     """Speed of a step of stage 2 with random weights and tokens."""
-    model, mesh = cola.create(config.vae, config.dit, dtype), sharding.make_mesh(config.train)
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    trained = optimizer.trained_groups(2, config.stage2.strategy)
-    transform = optimizer.create(config.optimizer2, config.stage2.steps, 2, config.stage2)
-    make = state.make_init(
-        lambda key: model.init(key, tokens),
-        transform,
-        trained,
-        groups=("vae", "dit"),
-        ema=config.optimizer2.ema > 0,
-        reference="vae" in trained and config.stage2.reference_weight > 0,
-    )
-    target = state.abstract(make, mesh)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
+    made, mesh, rules = setup.model(config), sharding.make_mesh(config.train), sharding.make_rules(config.train.axes)
+    parts = setup.stage(config, 2, made.init)
+    target = state.abstract(parts.make, mesh, rules)
     train_step = step.make_train_step(
-        functools.partial(stage2.terms, model, config), transform, config.optimizer2, trained, target, mesh,
-        steps=config.stage2.steps, seed=0,
+        made.terms[1], parts.optimizer, parts.settings, parts.trained, target, mesh,
+        steps=parts.steps, seed=0, rules=rules,
     )  # fmt: skip
     length = config.data.sequence_length
     ids = np.random.default_rng(0).integers(0, config.vae.vocab_size, (batch, length), dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     rows = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": positions}
-    current = [state.create(make, mesh, rng.key(0, "init"), None)]
+    current = [state.create(parts.make, target, rng.key(0, "init"))]
     placed = sharding.put_batch(mesh, rows)
 
     def call():

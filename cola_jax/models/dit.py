@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cola_jax import sharding
 from cola_jax.config import DiTConfig
 from cola_jax.nn import attention, embeddings
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
@@ -104,8 +105,9 @@ class Layer(nn.Module):
         spread = [_spread(v, context.pinned, x.shape[1] - clean, clean) for v in values]
         (shift, scale), (gate,), (mlp_shift, mlp_scale), (mlp_gate,) = spread
         attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
-        x = x + gate * attended
+        x = sharding.constrain(x + gate * attended, "batch", "length", None)
         h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
+        h = sharding.constrain(h, "batch", "length", "mlp")
         # Keys and values leave the scan only where a cache will take them.
         return x + mlp_gate * self.mlp_out(h), (None if clean else kv)
 
@@ -115,7 +117,7 @@ class Layer(nn.Module):
         return carry, tuple(linear(time) for linear in linears)
 
     def _attention(self, x, cache: KV | None, context: _Context):
-        qkv = self.qkv(x)
+        qkv = sharding.constrain(self.qkv(x), "batch", "length", None, "heads", "kv")
         q = embeddings.apply_rope(self.norm_q(qkv[:, :, 0]), context.angles, interleaved=True)
         k = embeddings.apply_rope(self.norm_k(qkv[:, :, 1]), context.angles, interleaved=True)
         v = qkv[:, :, 2]

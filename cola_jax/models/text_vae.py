@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cola_jax import sharding
 from cola_jax.config import VAEConfig
 from cola_jax.nn import attention, embeddings, masks
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
@@ -43,7 +44,7 @@ class Layer(nn.Module):
         norm_attention = LayerNorm(config.norm_eps, config.norm_affine, name="norm_attn")
         norm_mlp = LayerNorm(config.norm_eps, name="norm_ffn")
         attended, kv = self._attention(x if config.post_norm else norm_attention(x), history, context)
-        x = (norm_attention(x) if config.post_norm else x) + attended
+        x = sharding.constrain((norm_attention(x) if config.post_norm else x) + attended, "batch", "length", None)
         y = self._mlp(x if config.post_norm else norm_mlp(x))
         return x + (norm_mlp(y) if config.post_norm else y), kv
 
@@ -52,6 +53,7 @@ class Layer(nn.Module):
         qkv = Linear(
             (3, config.dim), ("embed", None, "heads"), use_bias=config.qkv_bias, dtype=self.dtype, name="qkv_proj"
         )(x)
+        qkv = sharding.constrain(qkv, "batch", "length", None, "heads")
         if config.clip_qkv is not None:
             qkv = jnp.clip(qkv, -config.clip_qkv, config.clip_qkv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -75,6 +77,7 @@ class Layer(nn.Module):
         features, names = (parts, config.ffn_dim // parts), ("embed", None, "mlp")
         h = Linear(features, names, use_bias=config.bias, dtype=self.dtype, name="ffn_proj")(x)
         h = h[:, :, 0] * nn.silu(h[:, :, 1]) if gated else _ACTIVATIONS[config.activation](h[:, :, 0])
+        h = sharding.constrain(h, "batch", "length", "mlp")
         return Linear((config.dim,), ("mlp", "embed"), use_bias=config.bias, dtype=self.dtype, name="ffn_out")(h)
 
 

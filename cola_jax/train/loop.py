@@ -46,7 +46,8 @@ class _Stage:
         self._setup = setup.stage(self._config, stage, parts.init)
         self.total, accumulation = self._setup.steps, self._setup.settings.accumulation
         sharding.check_batch(self._config.data.batch_size, accumulation, mesh, f"optimizer{stage}.accumulation")
-        self._target = states.abstract(self._setup.make, mesh)
+        self._rules = sharding.make_rules(self._config.train.axes)
+        self._target = states.abstract(self._setup.make, mesh, self._rules)
         self._seed = data_seed(self._config.seed, stage)
         self._checkpoints = checkpoints.Checkpoints(workdir / f"stage{stage}", self._config.train.keep_checkpoints, say)
         self.step = 0
@@ -74,7 +75,7 @@ class _Stage:
 
     def begin(self, vae: PyTree | None, dit: PyTree | None = None) -> None:
         """Starts the stage afresh, from the parameters of the stage before or of another model if there are any."""
-        self.state = states.create(self._setup.make, self._mesh, rng.key(self._config.seed, "init"), vae, dit)
+        self.state = states.create(self._setup.make, self._target, rng.key(self._config.seed, "init"), vae, dit)
 
     def initial(self) -> dict[str, PyTree]:
         """What `config.train.init_from` holds of the stage's groups; raises UserError unless the shapes are its."""
@@ -128,6 +129,7 @@ class _Stage:
             steps=self.total,
             seed=config.seed,
             first_step=self._first_step,
+            rules=self._rules,
         )
         iterator = iter(parts.dataset("train", self._seed))
         if self._position is not None:
@@ -200,7 +202,9 @@ class _Stage:
     def _evaluator(self) -> Callable[[states.TrainState], dict[str, float]]:
         """A function from state to metrics over the first held-out batches, which are read once."""
         dataset = self._parts.dataset("holdout", self._seed)
-        eval_step = steps.make_eval_step(self._parts.terms[self.number - 1], self._mesh, seed=self._config.seed)
+        eval_step = steps.make_eval_step(
+            self._parts.terms[self.number - 1], self._mesh, seed=self._config.seed, rules=self._rules
+        )
         cached = []
 
         def evaluate(state: states.TrainState) -> dict[str, float]:

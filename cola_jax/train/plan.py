@@ -166,12 +166,13 @@ def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: s
     made = setup.model(config)
     parts = setup.stage(config, stage, made.init)
     sharding.check_batch(config.data.batch_size, parts.settings.accumulation, mesh, f"optimizer{stage}.accumulation")
-    target = states.abstract(parts.make, mesh)
+    rules = sharding.make_rules(config.train.axes)
+    target = states.abstract(parts.make, mesh, rules)
     home = sharding.batch_sharding(mesh)
     row = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=home)
     train_step = step.make_train_step(
         made.terms[stage - 1], parts.optimizer, parts.settings, parts.trained, target, mesh,
-        steps=parts.steps, seed=config.seed,
+        steps=parts.steps, seed=config.seed, rules=rules,
     )  # fmt: skip
     began, peak, fits = time.monotonic(), None, False
     try:

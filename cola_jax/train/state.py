@@ -104,26 +104,28 @@ def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
     )
 
 
-def abstract(make: Callable[..., TrainState], mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract(
+    make: Callable[..., TrainState], mesh: Mesh | AbstractMesh, rules: sharding.Rules = sharding.RULES
+) -> TrainState:
     """The state as ShapeDtypeStructs that carry their shardings; nothing is computed."""
     boxed = jax.eval_shape(make, jax.random.key(0))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.meta.unbox(boxed),
-        sharding.shardings(boxed, mesh),
+        sharding.shardings(boxed, mesh, rules),
     )
 
 
 def create(
-    make: Callable[..., TrainState], mesh: Mesh, key: Key, vae: PyTree | None = None, dit: PyTree | None = None
+    make: Callable[..., TrainState], target: TrainState, key: Key, vae: PyTree | None = None, dit: PyTree | None = None
 ) -> TrainState:
     """A fresh state, each shard of it computed where it lives.
 
     Args:
       make: from `make_init`.
-      mesh: the devices.
+      target: from `abstract`: where the state lives.
       key: from `rng.key(seed, "init")`.
       vae, dit: the parameters to start from, or None.
     """
-    target = jax.tree.map(lambda x: x.sharding, abstract(make, mesh))
-    return jax.jit(lambda k, v, d: nn.meta.unbox(make(k, v, d)), out_shardings=target)(key, vae, dit)
+    homes = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(lambda k, v, d: nn.meta.unbox(make(k, v, d)), out_shardings=homes)(key, vae, dit)

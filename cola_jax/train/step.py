@@ -117,6 +117,7 @@ def make_train_step(
     steps: int,
     seed: int,
     first_step: int = 0,
+    rules: sharding.Rules = sharding.RULES,
 ):
     """The jitted ``(state, batch) -> (state, metrics)``; the state's buffers are donated.
 
@@ -135,6 +136,7 @@ def make_train_step(
       steps: of the stage.
       seed: of the run.
       first_step: added to the step in the keys, so that stage 2 does not draw what stage 1 drew.
+      rules: from `sharding.make_rules`, for the activations.
 
     Returns:
       The function. Metrics are float32 scalars: the loss, the mean of every term, "grad_norm" (before clipping) and
@@ -178,7 +180,7 @@ def make_train_step(
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def traced(state, batch):
-        with sharding.activate(mesh):
+        with sharding.activate(mesh, rules):
             return step_fn(state, batch)
 
     homes = jax.tree.map(lambda x: x.sharding, target)
@@ -190,7 +192,7 @@ def make_train_step(
     )
 
 
-def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int):
+def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int, rules: sharding.Rules = sharding.RULES):
     """The jitted ``(params, reference, batch, index) -> {name: Term}`` with each term summed over the batch.
 
     The noise of held-out batch ``index`` is the same at every evaluation.
@@ -198,7 +200,7 @@ def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int):
 
     def eval_step(params: Params, reference: Params | None, batch: dict, index: jax.Array) -> dict[str, Term]:
         keys = rng.key(seed, "evaluate", index, sample=jnp.arange(batch["tokens"].shape[0]))
-        with sharding.activate(mesh):
+        with sharding.activate(mesh, rules):
             found = terms(params, batch, keys, reference)
         return {name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()}
 
