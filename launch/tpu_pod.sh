@@ -5,7 +5,8 @@
 #     launch/tpu_pod.sh --config=configs/paper_2b.py --workdir=/mnt/shared/run
 #
 # The arguments are those of launch/train.py; --workdir is on storage that every worker mounts and that outlives the
-# slice (Filestore, gcsfuse). Every worker runs the same program, which finds the others by itself. SPOT=1 asks for preemptible capacity.
+# slice (Filestore, gcsfuse). Every worker runs the same program, which finds the others by itself. SPOT=1 asks for
+# preemptible capacity; after RESTARTS (100) starts it is given up.
 set -euo pipefail
 : "${NAME:?name of the slice}" "${ZONE:?its zone}" "${TYPE:?for example v5litepod-16}" "${RUNTIME:?TPU software version}"
 cd "$(dirname "$0")/.."
@@ -43,16 +44,16 @@ install() {
 }
 
 arguments=$(printf '%q ' "$@")
-while true; do
+for start in $(seq "${RESTARTS:-100}"); do
   if [ "$(state)" != ACTIVE ]; then
     remove
-    create || continue
-    install
+    create && install || continue
   fi
   status=0
   everywhere "cd cola_jax && exec .venv/bin/python launch/train.py $arguments" || status=$?
   # Done, or something that a new start will not mend: a wrong flag (2), a loss that is not finite (3).
   case "$status" in 0 | 2 | 3) exit "$status" ;; esac
-  echo "$(date +%T) training ended with status $status, slice is $(state): starting again"
+  echo "$(date +%T) training ended with status $status, slice is $(state): start $start is over"
   sleep 10
 done
+exit "${status:-1}"
