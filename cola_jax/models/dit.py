@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax import sharding
 from cola_jax.config import DiTConfig
 from cola_jax.nn import attention, embeddings
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
+from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
@@ -95,17 +95,19 @@ class Layer(nn.Module):
         self.mlp_modulation = Modulation((2, config.dim), dtype)
         self.mlp_gate = Modulation((1, config.dim), dtype)
 
-    def __call__(self, x, inputs, context: _Context):
+    def __call__(self, x, inputs, context: _Context, last: bool = False):
+        """(the row after the layer, keys and values); ``last``: of a row of copies, without the clean one."""
         cache, table = (None, None) if inputs is None else inputs
         if table is None:
             _, values = self.modulations(None, None, context.time)
         else:
             values = tuple(_row(v, context.index) for v in table)
         clean = _clean(x, context)
-        spread = [_spread(v, context.pinned, x.shape[1] - clean, clean) for v in values]
-        (shift, scale), (gate,), (mlp_shift, mlp_scale), (mlp_gate,) = spread
+        shift, scale, *rest = (part for v in values for part in _spread(v, context.pinned, x.shape[1] - clean, clean))
         attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
-        x = sharding.constrain(x + gate * attended, "batch", "length", None)
+        # Of the clean copy nobody reads more of the last layer than its keys and values.
+        x, attended, gate, mlp_shift, mlp_scale, mlp_gate = (y[:, clean if last else 0 :] for y in (x, attended, *rest))
+        x = sharding.constrain(x + gate * self.out(attended), "batch", "length", None)
         h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
         h = sharding.constrain(h, "batch", "length", "mlp")
         # Keys and values leave the scan only where a cache will take them.
@@ -132,7 +134,7 @@ class Layer(nn.Module):
             if seen < x.shape[1]:
                 alone = attention.attend(q[:, seen:], k[:, seen:], v[:, seen:])
                 y = jnp.concatenate([y, alone], axis=1)
-        return self.out(y.reshape(*x.shape[:2], -1)), (k, v)
+        return y.reshape(*x.shape[:2], -1), (k, v)
 
 
 def _row(table: Array, index: Array) -> Array:
@@ -209,10 +211,19 @@ class BlockCausalDiT(nn.Module):
             outputs.append(output)
         return carry, tuple(outputs)
 
+    def _separate(self):
+        """The layers one by one, as functions; None where they are compiled as a loop."""
+        config = self.config
+        if not self.stacked:
+            return self.layers
+        if config.unroll < config.num_layers or self.is_initializing():
+            return None
+        layer = Layer(config, self.dtype, parent=None)
+        return separate_layers(layer, self.variables["params"]["layers"], config.num_layers, config.remat)
+
     def _output(self, x, context: _Context, table: Array | None = None):
         values = self.out_modulation(context.time) if table is None else _row(table, context.index)
-        clean = _clean(x, context)
-        x, pinned = x[:, clean:], None if context.pinned is None else context.pinned[:, clean:]
+        pinned = None if context.pinned is None else context.pinned[:, -x.shape[1] :]
         shift, scale = _spread(values, pinned, x.shape[1], 0)
         velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
         return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
@@ -284,9 +295,15 @@ class BlockCausalDiT(nn.Module):
         positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
         layout = attention.Layout(length, config.block_size, ids, config.attention_kernel)
         context = _Context(self._time(times), pinned, self._angles(positions), layout)
-        row = jnp.concatenate([history, noisy], axis=1)
-        x, _ = self._apply_layers(self._input(row, positions, dropped), None, context)
-        return self._output(x, context)
+        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, dropped)
+        *first, last = self._separate() or (None,)
+        if last is None:
+            x, _ = self._apply_layers(x, None, context)
+        else:
+            for layer in first:
+                x, _ = layer(x, None, context)
+            x, _ = last(x, None, context, last=True)
+        return self._output(x[:, -total:], context)
 
     def modulations(self, times: Float[Array, " M"]) -> Modulations:
         """All modulations for a grid of times in [0, 1], whose last must be 0; for `extend`."""

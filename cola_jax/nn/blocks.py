@@ -1,11 +1,14 @@
 """Linear maps and norms with named axes, and the scan over layers that both networks use."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from cola_jax.types import Params
 
 zeros = nn.initializers.zeros_init
 
@@ -99,3 +102,23 @@ def scan_layers(
         methods=list(methods),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def separate_layers(layer: nn.Module, params: Params, length: int, remat: str = "none") -> list[Callable]:
+    """The layers of `scan_layers` one by one, as functions with the arguments of the layer's call.
+
+    Args:
+      layer: without a parent.
+      params: of all layers, stacked.
+      remat: as in `scan_layers`.
+    """
+
+    def call(index: int, *args, **options):
+        def apply(own, *args):
+            return layer.apply({"params": own}, *args, **options)
+
+        if remat != "none":
+            apply = jax.checkpoint(apply, policy=_REMAT_POLICIES[remat])
+        return apply(jax.tree.map(lambda x: x[index], params), *args)
+
+    return [functools.partial(call, index) for index in range(length)]
