@@ -104,7 +104,7 @@ class DataConfig:
         self.stories.validate()
 
 
-ATTENTION_KERNELS = ("auto", "xla", "splash")
+ATTENTION_KERNELS = ("auto", "xla", "splash", "splash_interpreted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class VAEConfig:
     normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
     variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
     logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
-    attention_kernel: str = "auto"  # xla | splash | auto: splash on a TPU where the sizes suit it
+    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
     logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
     shift: float = 0.0  # latents are normalised as (z - shift) * scale
     scale: float = 1.0
@@ -182,7 +182,7 @@ class DiTConfig:
     norm_eps: float = 1e-5
     block_position: bool = False  # learned embedding of the index inside the block [ours]
     no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
-    attention_kernel: str = "auto"  # xla | splash | auto: splash on a TPU where the sizes suit it
+    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
     remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
     unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
 

@@ -80,6 +80,10 @@ def main() -> None:
     if _PLAN.value:
         return show_plan(config)
     _START()
+    for part in ("vae", "dit"):
+        if getattr(config, part).attention_kernel == "splash" and jax.default_backend() != "tpu":
+            allowed = f"'auto', 'xla' or 'splash_interpreted' on this machine's {jax.default_backend()}"
+            raise UserError(f"config.{part}.attention_kernel = 'splash': allowed is {allowed}")
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()

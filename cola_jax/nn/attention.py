@@ -29,7 +29,7 @@ class Layout:
       length: positions N of a copy. Only the clean copy of a row without noisy ones may end inside a block.
       block_size: positions of a block.
       segment_ids: document of each position of the row; None: all are of one.
-      kernel: "xla", "splash" (see `cola_jax.nn.splash`), or "auto": splash on a TPU where the sizes suit it.
+      kernel: one of `config.ATTENTION_KERNELS` (see `choose_kernel`).
     """
 
     length: int = flax.struct.field(pytree_node=False)
@@ -42,14 +42,24 @@ def attend_layout(
     q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: Layout
 ) -> Float[Array, "B R H C"]:
     """Softmax attention of a row of ``R / layout.length`` copies under `Layout`, without a mask of R x R."""
-    splash = layout.kernel == "splash"
-    if layout.kernel == "auto":
-        splash = jax.default_backend() == "tpu" and q.shape[-1] % 128 == 0 and q.shape[1] >= 128
-    if not splash:
+    kernel = choose_kernel(layout.kernel, q.shape[-1], q.shape[1], jax.default_backend())
+    if kernel == "xla":
         return checkpoint_name(_xla(q, k, v, layout), "attention")
-    from cola_jax.nn import splash as kernel  # loads Pallas
+    from cola_jax.nn import splash  # loads Pallas
 
-    return kernel.attend(q, k, v, layout.segment_ids, layout.length, layout.block_size)
+    interpret = kernel == "splash_interpreted"
+    return splash.attend(q, k, v, layout.segment_ids, layout.length, layout.block_size, interpret)
+
+
+def choose_kernel(kernel: str, channels: int, row: int, platform: str) -> str:
+    """What "auto" stands for, heads of ``channels`` and rows of ``row`` positions given: splash on a TPU if it suits.
+
+    "splash" is `cola_jax.nn.splash` for TPUs, "splash_interpreted" the same anywhere, slowly, for tests; "xla" is
+    plain JAX.
+    """
+    if kernel != "auto":
+        return kernel
+    return "splash" if platform == "tpu" and channels % 128 == 0 and row >= 128 else "xla"
 
 
 def _chunks(length: int, block_size: int) -> list[tuple[int, int]]:

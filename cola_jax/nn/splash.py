@@ -1,6 +1,6 @@
 """Attention of a `Layout` by JAX's TPU splash kernel: tiles of pairs that nobody sees are never computed.
 
-On other devices the kernel is interpreted: slow, for tests. It has no forward-mode derivative.
+On other devices the kernel can only be interpreted: slow, for tests. It has no forward-mode derivative.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ def _kernel(heads: int, row: int, length: int, block_size: int, interpret: bool)
         **{f"block_{name}": tile for name in ("q_dq", "kv_dq")},
     )
     mask = splash_attention.MultiHeadMask([_Mask(row, length, block_size)] * heads)
-    with jax.ensure_compile_time_eval():  # kept between traces: constants, not tracers
-        return splash_attention.make_splash_mha(
+    with jax.core.eval_context():
+        made = splash_attention.make_splash_mha(
             mask,
             block_sizes=sizes,
             head_shards=1,
@@ -55,6 +55,7 @@ def _kernel(heads: int, row: int, length: int, block_size: int, interpret: bool)
             residual_checkpoint_name="attention",
             interpret=interpret,
         )
+        return jax.tree.map(np.asarray, made)  # kept between traces: no array of JAX, which may belong to one
 
 
 def attend(
@@ -64,6 +65,7 @@ def attend(
     segment_ids: Int[Array, "#B R"] | None,
     length: int,
     block_size: int,
+    interpret: bool = False,
 ) -> Float[Array, "B R H C"]:
     """Softmax attention under the `Layout` of these segments, length and block size."""
     batch, row, heads, channels = q.shape
@@ -73,7 +75,6 @@ def attend(
     ids = jnp.broadcast_to(ids, (batch, padded))
     q = q * jnp.asarray(channels**-0.5, q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - row), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
-    interpret = jax.default_backend() != "tpu"
 
     def local(q, k, v, ids):
         kernel = _kernel(q.shape[1], padded, length, block_size, interpret)

@@ -5,6 +5,7 @@ compiler itself, which needs no TPU (`pip install libtpu`); GPUs, and TPUs where
 compiler for as many virtual devices.
 """
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from cola_jax import sharding
 from cola_jax.config import Config
+from cola_jax.nn import attention
 from cola_jax.train import devices, metrics, setup, step
 from cola_jax.train import state as states
 from cola_jax.types import PyTree, UserError
@@ -150,6 +152,14 @@ def _used(message: str) -> int | None:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
 
 
+def _with_kernels(config: Config, platform: str) -> Config:
+    """The config with the attention kernels that "auto" means on the described devices, not on this machine's."""
+    dit, vae, length = config.dit, config.vae, config.data.sequence_length // config.vae.patch_size
+    kernels = [attention.choose_kernel(c.attention_kernel, c.head_dim, length, platform) for c in (dit, vae)]
+    dit, vae = (dataclasses.replace(c, attention_kernel=k) for c, k in zip((dit, vae), kernels, strict=True))
+    return dataclasses.replace(config, dit=dit, vae=vae)
+
+
 def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
     """Compiles the training step of a stage for ``mesh`` and reports what it needs; nothing is computed.
 
@@ -163,7 +173,7 @@ def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: s
     Raises:
       UserError: mesh and batch do not fit together.
     """
-    made = setup.model(config)
+    made = setup.model(_with_kernels(config, "tpu" if compiler == "TPU" else "cpu"))
     parts = setup.stage(config, stage, made.init)
     sharding.check_batch(config.data.batch_size, parts.settings.accumulation, mesh, f"optimizer{stage}.accumulation")
     rules = sharding.make_rules(config.train.axes)

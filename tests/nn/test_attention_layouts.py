@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from models.tiny_models import assert_close, jit, normal
 
-from cola_jax.nn import attention
+from cola_jax.config import DiTConfig, VAEConfig
+from cola_jax.models import cola
+from cola_jax.nn import attention, splash
 
 HEADS, CHANNELS, BATCH = 2, 4, 2
 
@@ -60,7 +62,7 @@ CASES = [  # length, block size, noisy copies: several chunks of 128 in the long
 ]
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "splash_interpreted"])
 @pytest.mark.parametrize(("length", "size", "copies"), CASES)
 def test_kernels_equal_dense_attention_values_and_gradients(length, size, copies, kernel):
     draw, row = np.random.default_rng(length), length * (1 + copies)
@@ -70,15 +72,40 @@ def test_kernels_equal_dense_attention_values_and_gradients(length, size, copies
     check(layout, row, visible(row, length, size, ids))
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "splash_interpreted"])
 def test_without_segments_all_are_of_one_document(kernel):
     check(attention.Layout(8, 4, None, kernel), 16, visible(16, 8, 4, np.zeros((BATCH, 16))))
+
+
+def test_the_splash_kernel_is_made_inside_other_transformations():
+    """Flax's scan of an initialisation traces by partial evaluation, which stages even operations on constants."""
+    options = {"num_heads": 2, "attention_kernel": "splash_interpreted"}
+    vae = VAEConfig(vocab_size=300, dim=16, encoder_layers=2, decoder_layers=2, **options)
+    model = cola.create(vae, DiTConfig(dim=16, head_dim=8, rope_dim=4, num_layers=2, remat="full", **options))
+    splash._kernel.cache_clear()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))
+    assert set(shapes["params"]) == {"vae", "dit"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "channels", "row", "platform", "chosen"),
+    [
+        ("auto", 128, 512, "tpu", "splash"),
+        ("auto", 128, 512, "gpu", "xla"),
+        ("auto", 64, 512, "tpu", "xla"),
+        ("auto", 128, 64, "tpu", "xla"),
+        ("xla", 128, 512, "tpu", "xla"),
+        ("splash", 64, 64, "cpu", "splash"),
+    ],
+)
+def test_choice_of_the_kernel(kernel, channels, row, platform, chosen):
+    assert attention.choose_kernel(kernel, channels, row, platform) == chosen
 
 
 def test_the_splash_kernel_runs_on_each_device_s_examples_and_heads():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     arrays = [normal(BATCH, 16, HEADS, CHANNELS, seed=i) for i in range(3)]
-    layout = attention.Layout(8, 4, None, "splash")
+    layout = attention.Layout(8, 4, None, "splash_interpreted")
     expected = jit(attention.attend_layout)(*arrays, layout)
     home = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
     with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"), ("heads", "tensor"))):
