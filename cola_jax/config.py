@@ -6,35 +6,11 @@ pair of values raises `UserError` with one line that names the field, the value 
 """
 
 import dataclasses
-import types as python_types
-import typing
 from collections.abc import Mapping
 
 import ml_collections
 
-from cola_jax.types import UserError
-
-
-def _require(ok: bool, field: str, value, allowed: str) -> None:
-    if not ok:
-        raise UserError(f"config.{field} = {value!r}: allowed is {allowed}")
-
-
-def _require_at_least(minimum, part: str, config, *fields: str) -> None:
-    for name in fields:
-        value = getattr(config, name)
-        _require(value >= minimum, f"{part}.{name}", value, f"a number of at least {minimum}")
-
-
-def _require_fraction(part: str, config, *fields: str) -> None:
-    for name in fields:
-        value = getattr(config, name)
-        _require(0.0 <= value <= 1.0, f"{part}.{name}", value, "a number from 0 to 1")
-
-
-def _require_choice(part: str, config, name: str, choices: tuple) -> None:
-    value = getattr(config, name)
-    _require(value in choices, f"{part}.{name}", value, "one of " + ", ".join(map(repr, choices)))
+from cola_jax.fields import build, require, require_at_least, require_choice, require_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +25,10 @@ class StoriesConfig:
     aligned: bool = False  # True: each sentence has exactly 8 tokens (7 words and a full stop); False: 4 to 14
 
     def validate(self, part: str = "data.stories") -> None:
-        _require_at_least(0, part, self, "values", "variants", "choices")
+        require_at_least(0, part, self, "values", "variants", "choices")
         low, high = self.min_sentences, self.max_sentences
-        _require(2 <= low <= 6, f"{part}.min_sentences", low, "from 2 to 6")
-        _require(low <= high <= 6, f"{part}.max_sentences", high, f"from min_sentences = {low} to 6")
+        require(2 <= low <= 6, f"{part}.min_sentences", low, "from 2 to 6")
+        require(low <= high <= 6, f"{part}.max_sentences", high, f"from min_sentences = {low} to 6")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +54,24 @@ class DataConfig:
     num_workers: int = 0  # Grain worker processes
 
     def validate(self) -> None:
-        _require_choice("data", self, "corpus", ("stories", "text"))
-        _require_choice("data", self, "tokenizer", ("sentencepiece", "bytes", "huggingface"))
-        _require_choice("data", self, "packing", ("concat", "pad"))
-        _require(
+        require_choice("data", self, "corpus", ("stories", "text"))
+        require_choice("data", self, "tokenizer", ("sentencepiece", "bytes", "huggingface"))
+        require_choice("data", self, "packing", ("concat", "pad"))
+        require(
             self.corpus != "text" or bool(self.files), "data.files", self.files, "a file or a glob (corpus = 'text')"
         )
-        _require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
-        _require_at_least(0, "data", self, "num_workers", "random_offset")
-        _require(
+        require_at_least(1, "data", self, "sequence_length", "align", "num_stories", "batch_size")
+        require_at_least(0, "data", self, "num_workers", "random_offset")
+        require(
             not self.random_offset or self.packing == "pad",
             "data.random_offset",
             self.random_offset,
             "0 unless packed by 'pad'",
         )
-        _require_at_least(-1, "data", self, "eos_id", "pad_id")
-        _require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
-        _require(0 < self.holdout < 1, "data.holdout", self.holdout, "a number between 0 and 1")
-        _require(
+        require_at_least(-1, "data", self, "eos_id", "pad_id")
+        require(self.vocab_size >= 300, "data.vocab_size", self.vocab_size, "at least 300 (256 bytes and symbols)")
+        require(0 < self.holdout < 1, "data.holdout", self.holdout, "a number between 0 and 1")
+        require(
             self.sequence_length % self.align == 0,
             "data.align",
             self.align,
@@ -145,23 +121,23 @@ class VAEConfig:
         return self.dim // self.num_heads
 
     def validate(self) -> None:
-        _require_choice("vae", self, "attention", ("causal", "block_causal"))
-        _require_choice("vae", self, "attention_kernel", ATTENTION_KERNELS)
-        _require_at_least(
+        require_choice("vae", self, "attention", ("causal", "block_causal"))
+        require_choice("vae", self, "attention_kernel", ATTENTION_KERNELS)
+        require_at_least(
             1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
         )
-        _require_at_least(1, "vae", self, "block_size")
-        _require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
-        _require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
-        _require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
-        _require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
+        require_at_least(1, "vae", self, "block_size")
+        require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
+        require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
+        require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
+        require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
         gated = self.activation == "swiglu"
         ok = self.ffn_dim >= 2 and self.ffn_dim % 2 == 0 if gated else self.ffn_dim >= 1
-        _require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
-        _require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
+        require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
+        require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
         if self.logsnr is not None:
-            _require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
-            _require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
+            require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
+            require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +163,13 @@ class DiTConfig:
     unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
 
     def validate(self) -> None:
-        _require_at_least(
+        require_at_least(
             1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
         )
-        _require_at_least(1, "dit", self, "time_dim", "unroll")
-        _require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
-        _require_choice("dit", self, "attention_kernel", ATTENTION_KERNELS)
-        _require(
+        require_at_least(1, "dit", self, "time_dim", "unroll")
+        require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
+        require_choice("dit", self, "attention_kernel", ATTENTION_KERNELS)
+        require(
             0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
             "dit.rope_dim",
             self.rope_dim,
@@ -213,8 +189,8 @@ class Stage1Config:
     noisy_decoding_max_time: float = 0.3  # with t uniform from 0 to this
 
     def validate(self) -> None:
-        _require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
-        _require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
+        require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
+        require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,16 +217,16 @@ class Stage2Config:
     noise_copies: int = 1  # noisy copies for each clean pass
 
     def validate(self) -> None:
-        _require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
-        _require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
-        _require_choice("stage2", self, "time_per", ("block", "sequence"))
-        _require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
-        _require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
-        _require_at_least(1, "stage2", self, "noise_copies")
-        _require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
-        _require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
+        require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
+        require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
+        require_choice("stage2", self, "time_per", ("block", "sequence"))
+        require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
+        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
+        require_at_least(1, "stage2", self, "noise_copies")
+        require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
+        require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
         if self.strategy == "interval":
-            _require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
+            require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,16 +248,16 @@ class OptimizerConfig:
     max_skipped: int = 0  # updates in a row that a spike or a value that is not finite may cost; one more stops the run
 
     def validate(self, part: str) -> None:
-        _require(self.learning_rate > 0, f"{part}.learning_rate", self.learning_rate, "a positive number")
-        _require_at_least(0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay")
-        _require(self.clip_norm > 0, f"{part}.clip_norm", self.clip_norm, "a positive number")
-        _require_at_least(1, part, self, "accumulation")
-        _require_at_least(0, part, self, "max_skipped")
+        require(self.learning_rate > 0, f"{part}.learning_rate", self.learning_rate, "a positive number")
+        require_at_least(0, part, self, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay")
+        require(self.clip_norm > 0, f"{part}.clip_norm", self.clip_norm, "a positive number")
+        require_at_least(1, part, self, "accumulation")
+        require_at_least(0, part, self, "max_skipped")
         allowed = "0 or a number above 1"
-        _require(self.spike_factor == 0 or self.spike_factor > 1, f"{part}.spike_factor", self.spike_factor, allowed)
+        require(self.spike_factor == 0 or self.spike_factor > 1, f"{part}.spike_factor", self.spike_factor, allowed)
         for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{part}.{name}", value, "a number from 0 to below 1")
+            require(0 <= value < 1, f"{part}.{name}", value, "a number from 0 to below 1")
 
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -304,13 +280,13 @@ class AxesConfig:
 
     def validate(self, part: str = "train.axes") -> None:
         for name in ("embed", "vocab", "latent", "time"):
-            _require_choice(part, self, name, ("", *MESH_AXES))
+            require_choice(part, self, name, ("", *MESH_AXES))
         for name in ("mlp", "heads", "kv"):
-            _require_choice(part, self, name, ("", "tensor"))
+            require_choice(part, self, name, ("", "tensor"))
         for name, others in {"embed": ("vocab", "mlp", "heads", "latent", "time"), "heads": ("kv",)}.items():
             value = getattr(self, name)
             shared = [other for other in others if value and getattr(self, other) == value]
-            _require(not shared, f"{part}.{name}", value, f"another axis than that of {', '.join(shared)}")
+            require(not shared, f"{part}.{name}", value, f"another axis than that of {', '.join(shared)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,14 +310,14 @@ class TrainConfig:
     peak_flops: float = 0.0  # FLOP/s of a device in bfloat16, for the MFU; 0: known devices only
 
     def validate(self) -> None:
-        _require_at_least(1, "train", self, "log_every", "eval_every", "eval_batches", "checkpoint_every")
-        _require_at_least(1, "train", self, "keep_checkpoints")
-        _require_at_least(0, "train", self, "sample_every", "num_samples", "mesh_data", "mesh_fsdp", "mesh_tensor")
-        _require_at_least(0, "train", self, "hang_timeout", "peak_flops")
-        _require_choice("train", self, "compute_dtype", ("float32", "bfloat16"))
+        require_at_least(1, "train", self, "log_every", "eval_every", "eval_batches", "checkpoint_every")
+        require_at_least(1, "train", self, "keep_checkpoints")
+        require_at_least(0, "train", self, "sample_every", "num_samples", "mesh_data", "mesh_fsdp", "mesh_tensor")
+        require_at_least(0, "train", self, "hang_timeout", "peak_flops")
+        require_choice("train", self, "compute_dtype", ("float32", "bfloat16"))
         self.axes.validate()
         axes = (self.mesh_data, self.mesh_fsdp, self.mesh_tensor)
-        _require(axes.count(0) <= 1, "train.mesh_*", axes, "at most one axis of 0 (all devices that are left)")
+        require(axes.count(0) <= 1, "train.mesh_*", axes, "at most one axis of 0 (all devices that are left)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,9 +333,9 @@ class SampleConfig:
     report_stories: int = 0  # corpus "stories": generated for the report at the end of the run; 0: no report
 
     def validate(self) -> None:
-        _require_at_least(1, "sample", self, "steps", "max_new_tokens")
-        _require_at_least(0, "sample", self, "guidance_scale", "temperature", "report_stories")
-        _require(self.repetition_penalty > 0, "sample.repetition_penalty", self.repetition_penalty, "a positive number")
+        require_at_least(1, "sample", self, "steps", "max_new_tokens")
+        require_at_least(0, "sample", self, "guidance_scale", "temperature", "report_stories")
+        require(self.repetition_penalty > 0, "sample.repetition_penalty", self.repetition_penalty, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,31 +355,31 @@ class Config:
 
     def validate(self) -> None:
         """Raises UserError for the first field that is out of range or at odds with another."""
-        _require(self.seed >= 0, "seed", self.seed, "a number of at least 0")
+        require(self.seed >= 0, "seed", self.seed, "a number of at least 0")
         for name in ("data", "vae", "dit", "stage1", "stage2", "train", "sample"):
             getattr(self, name).validate()
         self.optimizer1.validate("optimizer1")
         self.optimizer2.validate("optimizer2")
-        _require(
+        require(
             self.dit.latent_dim == self.vae.latent_dim,
             "dit.latent_dim",
             self.dit.latent_dim,
             f"vae.latent_dim = {self.vae.latent_dim}",
         )
         tokens_per_block = self.dit.block_size * self.vae.patch_size
-        _require(
+        require(
             self.data.sequence_length % tokens_per_block == 0,
             "data.sequence_length",
             self.data.sequence_length,
             f"a multiple of dit.block_size * vae.patch_size = {tokens_per_block}",
         )
-        _require(
+        require(
             self.vae.attention == "causal" or self.dit.block_size % self.vae.block_size == 0,
             "vae.block_size",
             self.vae.block_size,
             f"a divisor of dit.block_size = {self.dit.block_size}",
         )
-        _require(
+        require(
             self.data.align % self.vae.patch_size == 0,
             "data.align",
             self.data.align,
@@ -411,7 +387,7 @@ class Config:
         )
         for name in ("optimizer1", "optimizer2"):
             accumulation = getattr(self, name).accumulation
-            _require(
+            require(
                 self.data.batch_size % accumulation == 0,
                 f"{name}.accumulation",
                 accumulation,
@@ -422,45 +398,20 @@ class Config:
     def _validate_strategy(self) -> None:
         strategy, pretrained = self.stage2.strategy, self.stage1.steps > 0 or bool(self.train.init_from)
         if self.stage2.steps and strategy in ("joint", "fix_vae"):
-            _require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
+            require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
         if strategy == "scratch":
-            _require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
+            require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
             allowed = "'' (stage2.strategy = 'scratch')"
-            _require(not self.train.init_from, "train.init_from", self.train.init_from, allowed)
+            require(not self.train.init_from, "train.init_from", self.train.init_from, allowed)
         if not pretrained and strategy in ("scratch", "interval"):
             weight = self.stage2.reference_weight
-            _require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
-        _require(
+            require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
+        require(
             not self.stage2.history_dropout or self.dit.no_history_vector,
             "dit.no_history_vector",
             False,
             "True where stage2.history_dropout > 0 (a dropped history must be told from a first block)",
         )
-
-
-def _convert(value, kind, path: str):
-    """``value`` as the annotated type ``kind``; raises UserError that names ``path``."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, path)
-    if isinstance(kind, python_types.UnionType):  # "X | None"
-        if value is None:
-            return None
-        (kind,) = [k for k in typing.get_args(kind) if k is not type(None)]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, bool) or not isinstance(value, kind):
-        raise UserError(f"config.{path} = {value!r}: allowed is a value of type {kind.__name__}")
-    return value
-
-
-def _build(cls, values, path: str = ""):
-    if not isinstance(values, Mapping):
-        raise UserError(f"config.{path} = {values!r}: allowed is a group of fields")
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            raise UserError(f"config.{path + '.' if path else ''}{name}: no such field; allowed are {', '.join(hints)}")
-    return cls(**{k: _convert(v, hints[k], f"{path}.{k}" if path else k) for k, v in values.items()})
 
 
 def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
@@ -470,7 +421,7 @@ def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
       UserError: an unknown field, a wrong type, an inconsistent value.
     """
     plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
-    config = _build(Config, plain)
+    config = build(Config, plain)
     config.validate()
     return config
 

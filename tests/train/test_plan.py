@@ -48,6 +48,14 @@ def test_a_report_counts_what_a_device_holds():
     assert made.batch == 16 * 2 * BLOCK and made.flops_per_token == metrics.flops_per_token(CONFIG, 1)
 
 
+@pytest.mark.parametrize(("platform", "kernel"), [("tpu", "splash"), ("cpu", "xla")])
+def test_a_plan_has_the_kernels_of_its_devices(platform, kernel):
+    dit = dataclasses.replace(CONFIG.dit, head_dim=128)
+    config = dataclasses.replace(CONFIG, dit=dit, data=configs.DataConfig(sequence_length=128))
+    found = plan._with_kernels(config, platform)
+    assert (found.dit.attention_kernel, found.vae.attention_kernel) == (kernel, "xla")  # the VAE's heads are too small
+
+
 def test_fsdp_shares_the_state_out():
     assert held(1, mesh_data=1) < held(2, mesh_data=1)
     assert held(2, mesh_data=8) == held(2, mesh_data=1) > 2 * held(2, mesh_data=1, mesh_fsdp=8)
