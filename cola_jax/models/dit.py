@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax import sharding
 from cola_jax.config import DiTConfig
 from cola_jax.nn import attention, embeddings
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers
+from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
@@ -59,7 +59,7 @@ def _spread(values, pinned, length: int, clean: int) -> list[Array]:
         values = values.reshape(batch, clean + length, parts, channels)
     if pinned is not None:
         values = jnp.where(pinned[:, :, None, None], zero, values)
-    return [values[:, :, part] for part in range(parts)]
+    return unstack_axis(values, 2)
 
 
 class Modulation(nn.Module):
@@ -120,9 +120,9 @@ class Layer(nn.Module):
 
     def _attention(self, x, cache: KV | None, context: _Context):
         qkv = sharding.constrain(self.qkv(x), "batch", "length", None, "heads", "kv")
-        q = embeddings.apply_rope(self.norm_q(qkv[:, :, 0]), context.angles, interleaved=True)
-        k = embeddings.apply_rope(self.norm_k(qkv[:, :, 1]), context.angles, interleaved=True)
-        v = qkv[:, :, 2]
+        q, k, v = unstack_axis(qkv, 2)
+        q = embeddings.apply_rope(self.norm_q(q), context.angles, interleaved=True)
+        k = embeddings.apply_rope(self.norm_k(k), context.angles, interleaved=True)
         if cache is None:
             y = attention.attend_layout(q, k, v, context.layout)
         else:

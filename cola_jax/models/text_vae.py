@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax import sharding
 from cola_jax.config import VAEConfig
 from cola_jax.nn import attention, embeddings, masks
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
+from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
 from cola_jax.types import Posterior
 
 # What a deterministic autoencoder reports as its log-variance: the smallest that the variance head can give.
@@ -56,7 +56,7 @@ class Layer(nn.Module):
         qkv = sharding.constrain(qkv, "batch", "length", None, "heads")
         if config.clip_qkv is not None:
             qkv = jnp.clip(qkv, -config.clip_qkv, config.clip_qkv)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = unstack_axis(qkv, 2)
         if config.qk_norm:
             q = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="q_norm")(q)
             k = LayerNorm(config.norm_eps, config.qk_norm_affine, "heads", name="k_norm")(k)
@@ -76,7 +76,8 @@ class Layer(nn.Module):
         parts = 2 if gated else 1  # value, gate
         features, names = (parts, config.ffn_dim // parts), ("embed", None, "mlp")
         h = Linear(features, names, use_bias=config.bias, dtype=self.dtype, name="ffn_proj")(x)
-        h = h[:, :, 0] * nn.silu(h[:, :, 1]) if gated else _ACTIVATIONS[config.activation](h[:, :, 0])
+        value, *gate = unstack_axis(h, 2)
+        h = value * nn.silu(*gate) if gated else _ACTIVATIONS[config.activation](value)
         h = sharding.constrain(h, "batch", "length", "mlp")
         return Linear((config.dim,), ("mlp", "embed"), use_bias=config.bias, dtype=self.dtype, name="ffn_out")(h)
 

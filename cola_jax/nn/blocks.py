@@ -47,6 +47,11 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], *features)
 
 
+def unstack_axis(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The parts of ``x`` along an axis; their gradients are put together in one pass, those of slices in many."""
+    return [jnp.squeeze(part, axis) for part in jnp.split(x, x.shape[axis], axis)]
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last axis, computed in float32 (or wider), returned in the input's type."""
 

@@ -26,14 +26,15 @@ def apply_rope(
     dtype, pairs = x.dtype, angles.shape[-1]
     compute = jnp.promote_types(dtype, jnp.float32) if full_precision else dtype
     cos, sin = (f(angles).astype(compute)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    # x cos + partner sin, where the partner of a channel is the other one of its pair: without a concatenation of
+    # what is turned, XLA fuses all of it, and what comes before, into one pass.
+    shape, axis = ((pairs, 2), -1) if interleaved else ((2, pairs), -2)
+    cos, sin = jnp.stack([cos, cos], axis), jnp.stack([-sin, sin], axis)
+    cos, sin = (factor.reshape(*factor.shape[:3], 2 * pairs) for factor in (cos, sin))
     rotated, rest = x[..., : 2 * pairs].astype(compute), x[..., 2 * pairs :]
-    if interleaved:
-        split = rotated.reshape(*x.shape[:-1], pairs, 2)
-        first, second = split[..., 0], split[..., 1]
-    else:
-        first, second = rotated[..., :pairs], rotated[..., pairs:]
-    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1 if interleaved else -2)
-    return jnp.concatenate([turned.reshape(rotated.shape).astype(dtype), rest], axis=-1)
+    partner = jnp.flip(rotated.reshape(*rotated.shape[:-1], *shape), axis).reshape(rotated.shape)
+    turned = (rotated * cos + partner * sin).astype(dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def time_features(times: Float[Array, "B M"], num_features: int = 256) -> Float[Array, "B M F"]:
