@@ -35,6 +35,7 @@ def get_config():
         rope_dim=32,
         block_position=True,
         no_history_vector=True,
+        unroll=4,
     )
     config.stage1.update(steps=250, kl_weight=1e-3, mask_weight=0.1)
     config.stage2.update(

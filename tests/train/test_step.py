@@ -8,7 +8,7 @@ import pytest
 import toy_model
 
 from cola_jax import rng, sharding
-from cola_jax.config import OptimizerConfig, Stage2Config, TrainConfig
+from cola_jax.config import AxesConfig, OptimizerConfig, Stage2Config, TrainConfig
 from cola_jax.train import optimizer as optimizers
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
@@ -33,10 +33,11 @@ def compiled(stage, strategy, optimizer, train, terms, interval, total):
         ema=optimizer.ema > 0,
         reference=stage == 2 and strategy != "fix_vae",
     )
-    target = states.abstract(make, mesh)
+    rules = sharding.make_rules(train.axes)
+    target = states.abstract(make, mesh, rules)
     initial = jax.tree.map(np.array, states.create(make, target, rng.key(0, "init")))
     terms = terms or (toy_model.stage1_terms if stage == 1 else toy_model.stage2_terms)
-    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=total, seed=0)
+    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=total, seed=0, rules=rules)
     return initial, step, mesh, target
 
 
@@ -106,12 +107,13 @@ def test_weights_of_microbatches_cost_no_model():
     assert dots(4) == dots(1) > 0
 
 
-def test_mesh_does_not_change_losses():
+@pytest.mark.parametrize("axes", [AxesConfig(), AxesConfig(embed="data", vocab="fsdp", mlp="", heads="")])
+def test_mesh_does_not_change_losses(axes):
     _, one = run(*build(2)[:3], 20)
-    train = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    train = TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2, axes=axes)
     state, step, mesh, target = build(2, train=train, optimizer=dataclasses.replace(OPTIMIZER, accumulation=2))
     kernel = state.params["params"]["dit"]["layers"]["kernel"]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, axes.embed or None, axes.mlp or None)
     state, eight = run(state, step, mesh, 20)
     np.testing.assert_allclose([h["loss"] for h in eight], [h["loss"] for h in one], rtol=2e-5)
     moment = state.opt_state[2].inner_states["dit"].inner_state[0].mu["dit"]["layers"]["kernel"]
