@@ -13,8 +13,8 @@ the training step is one of 512 tokens with a fixed VAE):
     training, joint, batch 1   231.1 tokens/s    103 of 191 GFLOP/s of matmul (54 %)   compiled in 43.5 s   3.6 GiB
     training, joint, batch 4   258.6 tokens/s    116 of 213 GFLOP/s of matmul (54 %)   compiled in 42.8 s   5.9 GiB
 
-(joint: --config.stage2.strategy=joint). The released PyTorch code generates 8.7 and 24.5 tokens/s on such a machine, and
-trains with a fixed VAE at 140 to 170 (batch 1) and 98 (batch 4).
+(joint: --config.stage2.strategy=joint). The released PyTorch code generates 8.7 and 24.5 tokens/s on such a machine,
+and trains with a fixed VAE at 140 to 170 (batch 1) and 98 (batch 4).
 
 Where the rest of a training step goes, by the profiler, batch 1: 6 % copies each layer's weights out of their stack
 (and once more, transposed, for the gradient), 5 % is the optimizer, 4 % puts the gradients of the layers together; at
