@@ -196,6 +196,7 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
     """
     if huge_pages:
         _use_huge_pages()
+    distributed.reserve_threads()
 
     def guarded(argv) -> None:
         _quiet()

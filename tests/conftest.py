@@ -12,6 +12,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+os.environ["NPROC"] = "128"  # as `distributed.reserve_threads`, which must not be imported before the hook
+jax.devices()
+del os.environ["NPROC"]  # not for the processes that tests start
+
 install_import_hook("cola_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -5,6 +5,7 @@ into one directory that all of them see.
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -19,8 +20,25 @@ from cola_jax.types import UserError
 T = TypeVar("T")
 
 JOIN_TIMEOUT = 300.0  # seconds that a process waits for the others to start
+_COLLECTIVES = 16  # that a CPU device may wait in at a time: one of each loop that runs, and those are few
 _SHUTDOWN_TIMEOUT = 60  # seconds that a process that is done waits for the others to be done
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "Connection closed", "NCCL")
+
+
+def reserve_threads(several: bool = False) -> None:
+    """Gives XLA's CPU backend the threads to wait in its collectives. Before any use of a device.
+
+    All virtual devices of a process share one pool, with a thread for each of them or for each core, and a collective
+    holds its thread until the others come. Programs with two loops that run at the same time then block for ever, each
+    device in another loop's collective; XLA aborts after 40 s. ``NPROC`` is what XLA reads; one that is set is kept.
+
+    Args:
+      several: whether other processes take part, so that one device has somebody to wait for.
+    """
+    flagged = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = max(1, jax.config.jax_num_cpu_devices, *map(int, flagged))
+    if several or devices > 1:
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, _COLLECTIVES * devices)))
 
 
 def _cluster() -> dict | None:
@@ -91,6 +109,7 @@ def initialize(
     arguments = _given(coordinator, process_count, process_id) if given else _cluster()
     if arguments is None:
         return
+    reserve_threads(several=True)
     place = f"--coordinator = {coordinator}, process {process_id} of {process_count}" if given else "the cluster"
     message = f"{place}: not all processes joined within {timeout:g} s; allowed is one start of each at the same time"
     timer = threading.Timer(timeout, _give_up, [message])

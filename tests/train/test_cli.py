@@ -100,3 +100,16 @@ def test_huge_pages_restart_keeps_the_command(place):
     result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     expected = "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1" if sys.platform == "linux" else ""
     assert result.stdout == f"['one', 'two words'] {expected}\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("devices", "given", "threads"), [(1, None, None), (4, None, max(64, os.cpu_count())), (4, 7, 7)]
+)
+def test_virtual_devices_have_threads_to_wait_in(place, devices, given, threads):
+    (place / "main.py").write_text(
+        "import os\nfrom cola_jax import cli\ncli.run(lambda: print(os.environ.get('NPROC')))\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), **({"NPROC": str(given)} if given else {}))
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    result = subprocess.run([sys.executable, "main.py"], cwd=place, env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{threads}\n", result.stderr
