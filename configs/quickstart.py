@@ -47,6 +47,7 @@ positions to the DiT; the flow loss is held out:
     1 copy,   2600 steps: flow loss 0.473, 96.4 % valid, 80.3 % coherent [76.6, 83.5], after a sentence 85.9 %
     2 copies, 1733 steps: flow loss 0.472, 97.2 % valid, 84.8 % coherent [81.4, 87.6], after a sentence 88.3 %
     4 copies, 1040 steps: flow loss 0.479, 96.7 % valid, 79.1 % coherent [75.4, 82.4]
+    2 copies, 1733 steps, beta 0: 0.241 at logSNR 7.4, 97.7 % valid, 87.1 % coherent [83.9, 89.7], after one 85.4 %
 
 So a second copy costs nothing here and may help (one seed, intervals overlap); a fourth no longer pays for its steps.
 """
