@@ -2,8 +2,10 @@
 
     python launch/train.py --config=configs/text.py --config.data.files=corpus.txt --workdir=runs/corpus
 
-On tinyshakespeare (1.1 MB), held out: reconstruction accuracy 99.98 %, flow-matching loss 2.12 -> 1.09. The samples
-are word pieces, not yet language: 250 steps of stage 2 are a demonstration; raise config.stage2.steps.
+Two cores: 989 s of training for wikitext2-valid (1.1 MB, --config.data.document_separator=$'\\n'); held out:
+reconstruction accuracy 99.99 %, flow-matching loss 2.21 -> 0.58. On tinyshakespeare (1.1 MB) 99.98 % and 2.12 -> 1.08.
+The samples have words, not yet sentences: raise config.stage2.steps. 250 steps with blocks of K = 16 had the same flow
+losses (0.58, 1.09) and hardly a word.
 """
 
 from configs import default
@@ -26,7 +28,7 @@ def get_config():
     )
     config.dit.update(
         latent_dim=16,
-        block_size=16,
+        block_size=4,
         dim=192,
         num_heads=6,
         head_dim=32,
@@ -39,7 +41,7 @@ def get_config():
     )
     config.stage1.update(steps=250, kl_weight=1e-3, mask_weight=0.1)
     config.stage2.update(
-        steps=250, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
+        steps=900, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
     )
     config.optimizer1.update(learning_rate=2e-3, warmup_steps=50)
     config.optimizer2.update(learning_rate=3e-3, warmup_steps=50, ema=0.99)
