@@ -131,10 +131,6 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the scheduler of a run of several processes asked for a last checkpoint at this step."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
     def restore(self, target: TrainState) -> tuple[int, TrainState, dict] | None:
         """The newest step that passes verification; None if nothing was ever saved.
 

@@ -4,6 +4,7 @@ Every process runs the same program over one mesh. Process 0 logs and writes; ch
 into one directory that all of them see.
 """
 
+import functools
 import os
 import re
 import sys
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cola_jax.types import UserError
 
@@ -132,6 +135,26 @@ def all_true(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+@functools.cache
+def _over_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """A sharding with one element on each device, and the maximum over such an array, which every process has."""
+    mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+    return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(
+        jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def any_true(value: bool) -> jax.Array:
+    """Whether ``value`` is true in any process. Every process calls it, in the same order.
+
+    Returns:
+      A boolean () that is there when the computations before it are done: nobody waits for it here.
+    """
+    sharding, maximum = _over_devices()
+    mine = np.full(1, value)
+    return maximum(jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: mine))
 
 
 def same(values: list[int], size: int = 64) -> bool:

@@ -34,8 +34,9 @@ class Interrupted(Exception):
 class Signals:
     """Notes SIGTERM and SIGINT for the loop to act on between steps; a second one acts at once.
 
-    In a run of several processes SIGTERM at any of them belongs to JAX, which lets all stop after the same step
-    (`Checkpoints.reached_preemption`); SIGINT is passed on as SIGTERM.
+    In a run of several processes this takes SIGTERM from JAX's preemption service, whose agreement on a step to stop
+    after is lost if it falls between two of Orbax's saves or before the first step: Orbax and the loop count
+    differently, and the service keeps only the last count it was told. The loop has `distributed.any_true` instead.
     """
 
     def __init__(self):
@@ -46,18 +47,13 @@ class Signals:
         self.received = signum
         signal.signal(signum, self._before[signum])
 
-    def _pass_on(self, signum, frame) -> None:
-        self._note(signum, frame)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     def __enter__(self) -> "Signals":
-        several = jax.process_count() > 1
-        handlers = {signal.SIGINT: self._pass_on} if several else dict.fromkeys((signal.SIGTERM, signal.SIGINT))
-        for signum, handler in handlers.items():
+        for signum in (signal.SIGTERM, signal.SIGINT):
             try:
-                self._before[signum] = signal.signal(signum, handler or self._note)
+                before = signal.signal(signum, self._note)
             except ValueError:  # not in the main thread, where signals are handled
                 break
+            self._before[signum] = signal.SIG_DFL if before is None else before  # None: not Python's, but JAX's
         return self
 
     def __exit__(self, *_) -> None:

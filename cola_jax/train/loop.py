@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from cola_jax import release, rng, sharding
 from cola_jax.config import Config
 from cola_jax.train import checkpoint as checkpoints
-from cola_jax.train import interrupts, setup
+from cola_jax.train import distributed, interrupts, setup
 from cola_jax.train import metrics as reports
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
@@ -55,7 +55,8 @@ class _Stage:
         self._position: str | None = None  # in the data, as JSON
         self._saved: int | None = None
         self._skipped = 0
-        # Steps of the whole run: processes agree on one of them to stop after, and the stages count each from 0.
+        self._stop: jax.Array | bool = False  # whether a process was asked to stop before the last step
+        # Of the whole run: the stages count each from 0.
         self._first_step = 0 if stage == 1 else self._config.stage1.steps
 
     def restore(self) -> bool:
@@ -194,10 +195,12 @@ class _Stage:
             clock.start()
 
     def _is_asked_to_stop(self) -> bool:
-        """After this step; in all processes or in none."""
+        """After this step; in all processes or in none: those learn of a signal with the step after it."""
+        stop = self._around.signals.received is not None
         if jax.process_count() > 1:
-            return self._checkpoints.reached_preemption(self._first_step + self.step)
-        return self._around.signals.received is not None
+            before, self._stop = self._stop, distributed.any_true(stop)
+            return bool(before)
+        return stop
 
     def _evaluator(self) -> Callable[[states.TrainState], dict[str, float]]:
         """A function from state to metrics over the first held-out batches, which are read once."""

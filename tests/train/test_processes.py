@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -65,25 +66,48 @@ def test_meshes_and_processes_give_the_same_run(one, cache, tmp_path, count, dev
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *trees)
 
 
-def test_saved_by_two_processes_and_continued_by_one_and_four(cache, tmp_path):
-    """A signal at one process stops both after the same step; the data goes on in the same order on any mesh."""
-    saved = tmp_path / "saved"
-    started = processes.start(saved, cache, "--accumulation=1", "--mesh=2,1,1", "--steps=200", count=2)
+def stop(workdir, cache, line: str, signum: int = signal.SIGTERM, steps: int = 60) -> tuple[list[int], int]:
+    """Runs two processes, of which the second gets a signal when the first has said ``line``: not the one that speaks.
+
+    Returns:
+      Their exit statuses and the last step that they saved.
+    """
+    started = processes.start(workdir, cache, "--accumulation=1", "--mesh=2,1,1", f"--steps={steps}", count=2)
     deadline = time.time() + 200
-    while "stage 2  step 2/" not in processes.log(saved) and time.time() < deadline:
-        time.sleep(0.02)
-    started[1].send_signal(signal.SIGTERM)  # not at the one that speaks
-    assert processes.wait(started) == [75, 75], processes.log(saved)
-    assert "stopped by SIGTERM after step" in processes.log(saved)
-    step = verified.step_directories(saved / "stage2")[0]
-    assert 2 < step < 200
+    while line not in processes.log(workdir) and time.time() < deadline:
+        time.sleep(0.01)
+    started[1].send_signal(signum)
+    statuses = processes.wait(started)
+    assert "stopped by" in processes.log(workdir), processes.log(workdir)[-3000:]
+    return statuses, max(verified.step_directories(workdir / "stage2"))
+
+
+def test_a_signal_at_any_moment_stops_all_after_the_same_step(cache, tmp_path):
+    """As soon as there is something to stop, in the middle of a save, and before the first step of a process."""
+    workdir, last = tmp_path / "run", 0
+    for line, signum, statuses in (
+        ("stage 2  step 5/60  held out", signal.SIGTERM, [75, 75]),  # and then step 5 is saved
+        ("stage 2: resumed at step", signal.SIGTERM, [75, 75]),
+        ("stage 2: resumed at step", signal.SIGINT, [75, 130]),
+    ):
+        found, step = stop(workdir, cache, line, signum)
+        assert found == statuses and last < step <= last + 8, processes.log(workdir)[-3000:]
+        last = step
+        Path(f"{workdir}.0.log").unlink()
+
+
+def test_saved_by_two_processes_and_continued_by_one_and_four(cache, tmp_path):
+    """The data goes on in the same order on any mesh."""
+    saved, steps = tmp_path / "saved", 60
+    statuses, step = stop(saved, cache, "stage 2  step 2/", steps=steps)
+    assert statuses == [75, 75] and 2 < step < steps
     ends = []
     for count, devices, mesh in ((2, 1, "2,1,1"), (1, 1, "1,1,1"), (4, 2, "2,2,2")):
         workdir = tmp_path / f"on{count}"
         shutil.copytree(saved, workdir)
-        run(workdir, cache, mesh, count=count, devices=devices, steps=200)
-        assert f"resumed at step {step} of 200" in processes.log(workdir)
-        ends.append((losses(workdir), body(workdir, 200)["data"]))
+        run(workdir, cache, mesh, count=count, devices=devices, steps=steps)
+        assert f"resumed at step {step} of {steps}" in processes.log(workdir)
+        ends.append((losses(workdir), body(workdir, steps)["data"]))
     for found, position in ends[1:]:
         assert position == ends[0][1] and found.keys() == ends[0][0].keys()
         np.testing.assert_allclose(list(found.values()), list(ends[0][0].values()), rtol=1e-5)
