@@ -1,20 +1,23 @@
-"""Kills runs of the toy at random moments and damages their checkpoints: nothing may be lost.
+"""Kills and stops runs of the toy at random moments and damages their checkpoints: nothing may be lost.
 
-    python tests/system/chaos.py --kills=100 --corruptions=100 --processes=1,2
+    python tests/system/chaos.py --kills=100 --stops=40 --corruptions=100 --processes=1,2
 
-A run that was killed ends like one that was not: parameters, optimizer, moving average and position in the data by
-their hashes, metrics and samples byte by byte. A damaged newest checkpoint is reported, and the one before is restored
-bit for bit. The toy (tests/train) stands for the model, because a start of the real program takes longer than its
-steps; loop, checkpoints, metrics and processes are the real ones. Prints counts; any failure is an exception.
+A run that was killed, or stopped by SIGTERM at one of its processes, ends like one that was not: parameters,
+optimizer, moving average and position in the data by their hashes, metrics and samples byte by byte. SIGTERM saves
+within a few steps, in all processes. A damaged newest checkpoint is reported, and the one before is restored bit for
+bit. The toy (tests/train) stands for the model, because a start of the real program takes longer than its steps; loop,
+checkpoints, metrics and processes are the real ones. Prints counts; any failure is an exception.
 """
 
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +54,10 @@ def _train(workdir: Path, index: int, count: int, port: int) -> None:
     from cola_jax.train import loop
 
     config = _settings(count)
-    loop.train(config, workdir, toy_run.parts(config), toy_run.sampler)
+    try:
+        loop.train(config, workdir, toy_run.parts(config), toy_run.sampler)
+    except loop.Interrupted as error:
+        sys.exit(error.status)
 
 
 def _start(target, workdir: Path, count: int, *arguments) -> list:
@@ -75,8 +81,8 @@ def _wait(started: list, what: str, timeout: float = 300) -> None:
         raise AssertionError(f"{what}: exit statuses {statuses}")
 
 
-def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
-    """Kills the processes at a random moment, more often than not around a commit; False if they ended before."""
+def _wait_for_a_moment(started: list, workdir: Path, draw: random.Random) -> bool:
+    """Returns at a random moment, more often than not around a commit; False if the processes ended before."""
     stages = [workdir / "stage1", workdir / "stage2"]
 
     def names() -> set:
@@ -90,11 +96,16 @@ def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
         wait -= len(new)
         if at_commit and wait <= 0:
             time.sleep(draw.uniform(0, 0.03))
-            break
+            return True
         if not at_commit and time.monotonic() > deadline:
-            break
+            return True
         time.sleep(0.001)
-    else:
+    return False
+
+
+def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
+    """Kills the processes at a random moment; False if they ended before."""
+    if not _wait_for_a_moment(started, workdir, draw):
         return False
     for process in draw.sample(started, len(started)):
         process.kill()
@@ -102,6 +113,31 @@ def _kill(started: list, workdir: Path, draw: random.Random) -> bool:
     for process in started:
         process.join()
     return any(process.exitcode == -signal.SIGKILL for process in started)
+
+
+def _steps_said(workdir: Path) -> list[str]:
+    return re.findall(r"^stage \d  step \d+/", Path(f"{workdir}.log").read_text(), re.MULTILINE)
+
+
+def _stop(started: list, workdir: Path, draw: random.Random) -> bool:
+    """SIGTERM at one of the processes, after the first step of this start; False if they ended before.
+
+    All must save and end with status 75 before the run's last steps.
+    """
+    said = len(_steps_said(workdir)) if Path(f"{workdir}.log").exists() else 0
+    if not _wait_for_a_moment(started, workdir, draw):
+        return False
+    while len(before := _steps_said(workdir)) == said and all(process.is_alive() for process in started):
+        time.sleep(0.001)
+    draw.choice(started).terminate()
+    for process in started:
+        process.join(60)
+    statuses = [process.exitcode for process in started]
+    if statuses == [0] * len(started):
+        assert before[-1] in {f"stage 2  step {step}/" for step in range(STEPS - 3, STEPS + 1)}, f"lost at {before[-1]}"
+        return False
+    assert statuses == [75] * len(started), f"{workdir}: exit statuses {statuses} after SIGTERM at {before[-1]}"
+    return True
 
 
 def _assert_same(workdir: Path, whole: Path) -> None:
@@ -114,23 +150,27 @@ def _assert_same(workdir: Path, whole: Path) -> None:
         assert bodies[0] == bodies[1], f"{workdir / stage} differs"
 
 
-def kills(place: Path, number: int, count: int, draw: random.Random) -> dict[str, int]:
-    """At least ``number`` SIGKILLs of runs of ``count`` processes, each followed by a restart."""
-    whole, found = place / f"whole{count}", {"kills": 0, "runs": 0}
-    _wait(_start(_train, whole, count), "the undisturbed run")
-    while found["kills"] < number:
-        workdir = place / f"killed{count}-{found['runs']}"
-        for _ in range(min(20, number - found["kills"])):
-            started = _start(_train, workdir, count)
-            if not _kill(started, workdir, draw):
+def _undisturbed(place: Path, count: int) -> Path:
+    whole = place / f"whole{count}"
+    if not whole.exists():
+        _wait(_start(_train, whole, count), "the undisturbed run")
+    return whole
+
+
+def interruptions(place: Path, interrupt: Callable, number: int, count: int, draw: random.Random) -> None:
+    """So many SIGKILLs or SIGTERMs (`_kill`, `_stop`) of runs of ``count`` processes, each followed by a restart."""
+    whole, name, done, runs = _undisturbed(place, count), interrupt.__name__.strip("_"), 0, 0
+    while done < number:
+        workdir = place / f"{name}{count}-{runs}"
+        for _ in range(min(20, number - done)):
+            if not interrupt(_start(_train, workdir, count), workdir, draw):
                 break
-            found["kills"] += 1
+            done += 1
         _wait(_start(_train, workdir, count), f"{workdir}, to its end")
         _assert_same(workdir, whole)
         shutil.rmtree(workdir)
-        found["runs"] += 1
-        print(f"{count} processes: {found}", flush=True)
-    return found
+        runs += 1
+        print(f"{count} processes: {name}s {done}, runs {runs}", flush=True)
 
 
 def _damage(step: Path, draw: random.Random) -> str:
@@ -202,10 +242,7 @@ def _corrupt(workdir: Path, index: int, count: int, port: int, source: Path, num
 
 def corruptions(place: Path, number: int, count: int, seed: int) -> None:
     """So many damaged copies of the checkpoints of a whole run, restored by so many processes."""
-    whole = place / f"whole{count}"
-    if not whole.exists():
-        _wait(_start(_train, whole, count), "the undisturbed run")
-    workdir = place / f"corrupted{count}"
+    whole, workdir = _undisturbed(place, count), place / f"corrupted{count}"
     workdir.mkdir()
     _wait(_start(_corrupt, workdir, count, whole / "stage2", number, seed), "damaged checkpoints", timeout=1800)
     said = Path(f"{workdir}.log").read_text().splitlines()
@@ -224,6 +261,7 @@ def main(argv: list[str]) -> None:
     from absl import flags
 
     kill_count = flags.DEFINE_integer("kills", 100, "SIGKILLs in all, three quarters of them on the first number")
+    stop_count = flags.DEFINE_integer("stops", 40, "SIGTERMs for each number of processes")
     damage_count = flags.DEFINE_integer("corruptions", 100, "damaged checkpoints for each number of processes")
     counts = flags.DEFINE_list("processes", ["1", "2"], "numbers of processes of a run")
     seed = flags.DEFINE_integer("seed", 0, "of moments and damages")
@@ -232,15 +270,17 @@ def main(argv: list[str]) -> None:
     prepare()
     place, started = Path(workdir.value).absolute(), time.monotonic()
     place.mkdir(parents=True, exist_ok=True)
-    numbers, total = list(map(int, counts.value)), 0
+    numbers = list(map(int, counts.value))
     for position, count in enumerate(numbers):
         share = kill_count.value if len(numbers) == 1 else kill_count.value * (3 if position == 0 else 1) // 4
-        if share:
-            total += kills(place, share, count, random.Random(seed.value + count))["kills"]
+        interruptions(place, _kill, share, count, random.Random(seed.value + count))
+        interruptions(place, _stop, stop_count.value, count, random.Random(seed.value + count))
         if damage_count.value:
             corruptions(place, damage_count.value, count, seed.value)
     seconds = time.monotonic() - started
-    print(f"{total} kills, {damage_count.value * len(numbers)} corruptions: nothing lost; {seconds:.0f} s", flush=True)
+    stopped, damaged = stop_count.value * len(numbers), damage_count.value * len(numbers)
+    done = f"{kill_count.value} kills, {stopped} stops, {damaged} corruptions"
+    print(f"{done}: nothing lost; {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
