@@ -106,7 +106,9 @@ def gap(trained, settings: Settings, count: int, seed: int, counts: Sequence[int
         "posterior": found.posterior,
     }
     out = {name: per_token(value, texts.tokens) for name, value in parts.items()}
-    out["Monte-Carlo error of -ELBO"] = Mean(float(np.sqrt(np.square(found.elbo_error).sum()) / texts.tokens.sum()), 0)
+    if settings.samples > 1:
+        error = np.sqrt(np.square(found.elbo_error).sum()) / texts.tokens.sum()
+        out["Monte-Carlo error of -ELBO"] = Mean(float(error), 0.0)
     return out
 
 
