@@ -8,7 +8,7 @@ in %, with 95 % intervals (`launch/evaluate.py --checkpoint=runs/patch2 --count=
                                         from nothing         even prompt (10)     odd prompt (11)
     aligned only (random_offset = 0)    78.9 [75.2, 82.2]    76.4 [72.5, 79.8]     0.0 [ 0.0,  0.7]
     either side (this config)           46.7 [42.4, 51.0]    39.8 [35.7, 44.1]    58.4 [54.1, 62.6]
-    P = 1 (quickstart, 2,600 steps)     85.9 [82.7, 88.7]    83.0 [79.5, 86.0]    85.0 [81.6, 87.8]
+    P = 1 (quickstart, 2,600 steps)     85.7 [82.5, 88.5]    84.6 [81.2, 87.4]    86.9 [83.7, 89.6]
 
 Held-out reconstruction is 99.98 % [99.95, 99.99]; 100 % for P = 1. An odd prompt ends inside a patch: padding before
 it, which the encoder sees as masked, puts its end where a patch ends. A model that never saw such padding collapses
