@@ -35,8 +35,8 @@ class Signals:
     """Notes SIGTERM and SIGINT for the loop to act on between steps; a second one acts at once.
 
     In a run of several processes this takes SIGTERM from JAX's preemption service, whose agreement on a step to stop
-    after is lost if it falls between two of Orbax's saves or before the first step: Orbax and the loop count
-    differently, and the service keeps only the last count it was told. The loop has `distributed.any_true` instead.
+    after is lost if a save of Orbax's is the last thing before it, or nothing at all: Orbax and the loop count steps
+    differently, and the service goes by the last step it was told. The loop has `distributed.any_true` instead.
     """
 
     def __init__(self):

@@ -133,6 +133,8 @@ def _stop(started: list, workdir: Path, draw: random.Random) -> bool:
     for process in started:
         process.join(60)
     statuses = [process.exitcode for process in started]
+    for process in started:
+        process.kill()  # one that hangs would keep this program
     if statuses == [0] * len(started):
         assert before[-1] in {f"stage 2  step {step}/" for step in range(STEPS - 3, STEPS + 1)}, f"lost at {before[-1]}"
         return False
