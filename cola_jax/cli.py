@@ -1,4 +1,4 @@
-"""What every binary shares: flags, the config flag, and errors told in one line.
+"""What every binary shares: flags, the config flag, and errors reported in one line.
 
 Exit status: see `cola_jax.train.interrupts`.
 """
@@ -55,7 +55,7 @@ _SAMPLING = {
     "repaint_fraction": (flags.DEFINE_float, "m of repaint"),
     "max_new_tokens": (flags.DEFINE_integer, "new tokens; default: the run's config, or what fits"),
     "temperature": (flags.DEFINE_float, "0: the most likely token"),
-    "top_k": (flags.DEFINE_integer, "draw among so many most likely tokens; 0: all"),
+    "top_k": (flags.DEFINE_integer, "draw among this many most likely tokens; 0: all"),
     "top_p": (flags.DEFINE_float, "draw among the most likely tokens of so much probability; 1: all"),
     "repetition_penalty": (flags.DEFINE_float, "1: none"),
 }
@@ -72,7 +72,7 @@ def sampling_flags() -> Callable[[sampling.Settings], sampling.Settings]:
                 low, high = map(float, given["guidance_interval"])
             except ValueError:
                 shown = ",".join(given["guidance_interval"])
-                raise UserError(f"--guidance_interval = {shown}: allowed are two numbers from 0 to 1") from None
+                raise UserError(f"--guidance_interval = {shown}: must be two numbers from 0 to 1") from None
             given["guidance_interval"] = (low, high)
         settings = dataclasses.replace(settings, **given)
         settings.validate()
@@ -108,7 +108,7 @@ def profile_flag() -> Callable[[], tuple[int, int] | None]:
             return None
         found = re.fullmatch(r"(\d+):(\d+)", flag.value)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(f"--profile_steps = {flag.value}: allowed is FIRST:LAST with 1 <= FIRST <= LAST")
+            raise UserError(f"--profile_steps = {flag.value}: must be FIRST:LAST with 1 <= FIRST <= LAST")
         return int(found[1]), int(found[2])
 
     return read
@@ -121,7 +121,7 @@ def read_config(flag) -> configs.Config:
       UserError: the flag is missing, the file cannot be read, a value is not allowed.
     """
     if flag.value is None:
-        raise UserError(f"--{flag.name} is missing: allowed is a file such as configs/quickstart.py")
+        raise UserError(f"--{flag.name} is missing: it must name a file such as configs/quickstart.py")
     path = config_flags.get_config_filename(flags.FLAGS[flag.name])
     try:
         # A file that cannot be read raises here, at the first use.
@@ -163,7 +163,7 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
     except Exception as error:  # a config file is Python: parsing it raises anything
         _fail(_parse_error(error, argv), interrupts.BAD_INPUT)
     if len(rest) > 1 and not arguments:
-        _fail(f"unexpected argument {rest[1]!r}: allowed are flags, --name=value", interrupts.BAD_INPUT)
+        _fail(f"unexpected argument {rest[1]!r}: every argument must be a flag, --name=value", interrupts.BAD_INPUT)
     return rest
 
 
@@ -213,7 +213,11 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
             if not distributed.is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]
-            print(f"error: another process is lost; the same command goes on ({reason})", file=sys.stderr, flush=True)
+            print(
+                f"error: another process is lost; the same command resumes the run ({reason})",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(interrupts.RESTART)  # an orderly end would wait for the lost process
 
     app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments))

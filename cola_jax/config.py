@@ -2,7 +2,7 @@
 
 `configs/*.py` build an `ml_collections.ConfigDict` (so that the command line can override fields);
 `parse` converts it once into a `Config`. An unknown field, a value of the wrong type or an inconsistent
-pair of values raises `UserError` with one line that names the field, the value and what is allowed.
+pair of values raises `UserError` with one line that names the field, the value and what it must be.
 """
 
 import dataclasses
@@ -45,7 +45,9 @@ class DataConfig:
     vocab_size: int = 1024  # at most, for a tokenizer trained here
     sequence_length: int = 64  # T
     packing: str = "concat"  # concat (rows full, documents cut at their ends) | pad (one document a row)
-    random_offset: int = 0  # packing "pad": up to so many tokens of padding before a document; P - 1 shows all parities
+    random_offset: int = (
+        0  # packing "pad": at most this many tokens of padding before a document; P - 1 shows all parities
+    )
     align: int = 1  # each document is filled up with end-of-text to a multiple of this many tokens
     holdout: float = 0.02  # share of the documents that is never trained on
     num_stories: int = 200_000  # corpus "stories": training documents (an epoch)
@@ -244,7 +246,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulation: int = 1  # microbatches a step
     ema: float = 0.0  # decay of the parameters' moving average, used for evaluation and sampling; 0: none
-    spike_factor: float = 0.0  # a gradient norm above so many times its running average is a spike; 0: nothing is
+    spike_factor: float = 0.0  # a gradient norm above this many times its running average is a spike; 0: none is
     max_skipped: int = 0  # updates in a row that a spike or a value that is not finite may cost; one more stops the run
 
     def validate(self, part: str) -> None:
@@ -410,7 +412,7 @@ class Config:
             not self.stage2.history_dropout or self.dit.no_history_vector,
             "dit.no_history_vector",
             False,
-            "True where stage2.history_dropout > 0 (a dropped history must be told from a first block)",
+            "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)",
         )
 
 

@@ -9,9 +9,9 @@ from cola_jax.types import UserError
 
 
 def require(ok: bool, field: str, value, allowed: str) -> None:
-    """Raises UserError, which names the field, its value and what is allowed, unless ``ok``."""
+    """Raises UserError, which names the field, its value and what it must be, unless ``ok``."""
     if not ok:
-        raise UserError(f"config.{field} = {value!r}: allowed is {allowed}")
+        raise UserError(f"config.{field} = {value!r}: must be {allowed}")
 
 
 def require_at_least(minimum, part: str, config, *fields: str) -> None:
@@ -43,7 +43,7 @@ def _convert(value, kind, path: str):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is int and isinstance(value, bool) or not isinstance(value, kind):
-        raise UserError(f"config.{path} = {value!r}: allowed is a value of type {kind.__name__}")
+        raise UserError(f"config.{path} = {value!r}: must be a value of type {kind.__name__}")
     return value
 
 
@@ -59,9 +59,10 @@ def build(cls, values, path: str = ""):
       UserError: an unknown field, or a value of another type.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"config.{path} = {values!r}: allowed is a group of fields")
+        raise UserError(f"config.{path} = {values!r}: must be a group of fields")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise UserError(f"config.{path + '.' if path else ''}{name}: no such field; allowed are {', '.join(hints)}")
+            field = f"{path}.{name}" if path else name
+            raise UserError(f"config.{field}: no such field; the fields are {', '.join(hints)}")
     return cls(**{k: _convert(v, hints[k], f"{path}.{k}" if path else k) for k, v in values.items()})

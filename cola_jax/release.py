@@ -52,7 +52,7 @@ def read_model(path: str | os.PathLike, dtype="float32") -> cola.ColaDLM:
     """
     root = Path(path)
     if not root.is_dir():
-        raise UserError(f"{root}: not a directory: allowed is one with {VAE}/ and {DIT}/")
+        raise UserError(f"{root}: not a directory: must be one with {VAE}/ and {DIT}/")
     for part in PARTS:
         if not (root / part).is_dir():
             raise UserError(f"{root / part}: missing: a released checkpoint has {VAE}/ and {DIT}/")
@@ -225,7 +225,7 @@ def _checked_params(model: cola.ColaDLM, params: Params) -> dict:
         if tuple(given[name].shape) != needed[name].shape:
             raise UserError(f"parameter {name} has shape {given[name].shape}: the model needs {needed[name].shape}")
         if not getattr(given[name], "is_fully_addressable", True):
-            raise UserError(f"parameter {name}: spread over processes; allowed is a checkpoint of one process")
+            raise UserError(f"parameter {name}: spread over processes; only one process can save it")
     return given
 
 
@@ -257,10 +257,10 @@ def _tensors(leaves, given, part: str, model, kept: dict, specs_of_part) -> Iter
 def prepare_target(path: Path, needed: int, overwrite: bool) -> None:
     """Raises UserError unless a directory of this size can be made here."""
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file: allowed is a directory, or a name that is free")
+        raise UserError(f"{path}: is a file: it must be a directory, or a name that is free")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise UserError(f"{path}: not empty: allowed is a directory that is new or empty (or overwriting)")
+            raise UserError(f"{path}: not empty: must be a directory that is new or empty (or overwriting)")
         if others := sorted(entry.name for entry in path.iterdir() if entry.name not in (*PARTS, TOKENIZER)):
             raise UserError(f"{path}: holds {others[0]}: only a released checkpoint is overwritten")
     try:
@@ -335,7 +335,7 @@ def save(
     given = _checked_params(model, params)
     dtype = None if dtype is None else files.dtype_of(jnp.dtype(dtype).name, "dtype")
     if max_shard_size < 1:
-        raise UserError(f"max_shard_size = {max_shard_size}: allowed is at least 1 byte")
+        raise UserError(f"max_shard_size = {max_shard_size}: must be at least 1 byte")
     kept, shapes = kept or {}, nn.unbox(abstract(model))
     parts = {}
     for part in PARTS:

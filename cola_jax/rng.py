@@ -29,7 +29,7 @@ def key(seed: int, stream: str, step=0, sample=None) -> Key:
       ValueError: the stream is not one of `STREAMS`.
     """
     if stream not in STREAMS:
-        raise ValueError(f"stream {stream!r}: allowed is one of {STREAMS}")
+        raise ValueError(f"stream {stream!r}: must be one of {STREAMS}")
     base = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
     base = jax.random.fold_in(base, step)
     if sample is None:

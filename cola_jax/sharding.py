@@ -49,16 +49,16 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     if 0 in sizes:
         if len(devices) % fixed:
             raise UserError(
-                f"config.train.mesh_* = {tuple(sizes)}: allowed are sizes whose product {fixed} divides the "
+                f"config.train.mesh_* = {tuple(sizes)}: must be sizes whose product {fixed} divides the "
                 f"{len(devices)} devices"
             )
         sizes[sizes.index(0)] = len(devices) // fixed
     total = int(np.prod(sizes))
     if total > len(devices):
-        raise UserError(f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of at most {len(devices)} devices")
+        raise UserError(f"config.train.mesh_* = {tuple(sizes)}: must be a product of at most {len(devices)} devices")
     if total < len(devices) and jax.process_count() > 1:  # a process without devices in the mesh has nothing to do
         raise UserError(
-            f"config.train.mesh_* = {tuple(sizes)}: allowed is a product of all {len(devices)} devices of "
+            f"config.train.mesh_* = {tuple(sizes)}: must be a product of all {len(devices)} devices of "
             f"{jax.process_count()} processes"
         )
     # Auto axes: Linen's logical constraints raise on Explicit ones, the default of jax.make_mesh.
@@ -149,7 +149,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh, field: str = "op
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if batch_size % (parts * accumulation):
         raise UserError(
-            f"config.data.batch_size = {batch_size}: allowed is a multiple of {parts * accumulation} "
+            f"config.data.batch_size = {batch_size}: must be a multiple of {parts * accumulation} "
             f"(mesh data * fsdp = {parts}, {field} = {accumulation})"
         )
 

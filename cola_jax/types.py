@@ -31,7 +31,7 @@ Key = jax.Array  # typed PRNG key(s)
 
 
 class UserError(ValueError):
-    """Something that the user can fix, told in one line: field or file, value, what is allowed."""
+    """Something that the user can fix, reported in one line: the field or file, its value, what it must be."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,17 +37,17 @@ def _say(row: dict) -> None:
 def main() -> None:
     config = cli.read_config(_CONFIG)
     if not config.vae.vocab_size:
-        raise UserError("config.vae.vocab_size = 0: allowed here is the size of a vocabulary")
+        raise UserError("config.vae.vocab_size = 0: must be the size of a vocabulary here")
     try:
         batches = [int(size) for size in _BATCH.value]
     except ValueError:
-        raise UserError(f"--batch = {','.join(_BATCH.value)}: allowed are numbers with commas between") from None
+        raise UserError(f"--batch = {','.join(_BATCH.value)}: must be numbers with commas between") from None
     checks = {"what": ("generation", "training"), "dtype": ("float32", "bfloat16")}
     for flag in (_WHAT, _DTYPE):
         if wrong := [value for value in flag.value if value not in checks[flag.name]]:
-            raise UserError(f"--{flag.name} = {wrong[0]!r}: allowed are {', '.join(checks[flag.name])}")
+            raise UserError(f"--{flag.name} = {wrong[0]!r}: must be one of {', '.join(checks[flag.name])}")
     if min(batches) < 1 or _REPEATS.value < 1 or _PROMPT.value < 0:
-        raise UserError("--batch, --repeats, --prompt: allowed are at least 1, 1 and 0")
+        raise UserError("--batch and --repeats must be at least 1, --prompt at least 0")
     sample = config.sample
     settings = sampling.Settings(
         steps=sample.steps, guidance_scale=sample.guidance_scale, max_new_tokens=sample.max_new_tokens

@@ -26,7 +26,7 @@ _MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "to a run: devices along this a
 
 def main() -> None:
     if not _FROM.value or not _TO.value:
-        raise UserError(f"--{'to' if _FROM.value else 'from'} is missing: allowed is a directory")
+        raise UserError(f"--{'to' if _FROM.value else 'from'} is missing: it must name a directory")
     if not conversion.is_released(_FROM.value):
         shard, overwrite = int(_SHARD.value * 1e9), _OVERWRITE.value
         conversion.to_released(_FROM.value, _TO.value, _DTYPE.value, shard, overwrite)

@@ -28,8 +28,8 @@ _GUIDANCE = flags.DEFINE_list("guidance", None, "guidance scales; default: the r
 _STEPS = flags.DEFINE_list("steps", None, "steps a block; default: the run's config")
 _CONDITIONING = flags.DEFINE_list("conditioning", ["clean"], "of the first block; repaint:R:M with its r and m")
 _PROMPTED = flags.DEFINE_bool("prompted", False, "after first sentences, not from nothing")
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "after so many tokens, not from nothing")
-_GAP = flags.DEFINE_integer("gap", 0, "fill gaps of so many tokens, instead of writing stories")
+_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "tokens of each prompt; 0: generate from nothing")
+_GAP = flags.DEFINE_integer("gap", 0, "length in tokens of the gaps to fill; 0: write stories")
 _JSON = flags.DEFINE_string("json", None, "file for the rows")
 
 
@@ -37,7 +37,7 @@ def _numbers(flag, kind, default: float) -> list:
     try:
         return [kind(value) for value in flag.value] if flag.value else [default]
     except ValueError:
-        raise UserError(f"--{flag.name} = {','.join(flag.value)}: allowed are numbers with commas between") from None
+        raise UserError(f"--{flag.name} = {','.join(flag.value)}: must be numbers with commas between") from None
 
 
 def _conditioning(text: str) -> dict:
@@ -47,13 +47,13 @@ def _conditioning(text: str) -> dict:
     try:
         return {"conditioning": name, "repaint_cycles": int(numbers[0]), "repaint_fraction": float(numbers[1])}
     except (ValueError, IndexError):
-        raise UserError(f"--conditioning = {text}: allowed is repaint:R:M, as repaint:3:0.7") from None
+        raise UserError(f"--conditioning = {text}: must be repaint:R:M, as repaint:3:0.7") from None
 
 
 def main() -> None:
     prompted = _PROMPTED.value or _PROMPT_TOKENS.value > 0
     if _COUNT.value < 1 or _PROMPT_TOKENS.value < 0 or _GAP.value < 0:
-        raise UserError("--count, --prompt_tokens, --gap: allowed are at least 1, 0 and 0")
+        raise UserError("--count must be at least 1, --prompt_tokens and --gap at least 0")
     if prompted and _GAP.value:
         raise UserError("--gap: not allowed together with prompts")
     ways = [_conditioning(text) for text in _CONDITIONING.value]

@@ -64,7 +64,7 @@ def main() -> None:
     try:
         counts = sorted(int(value) for value in _SAMPLES.value)
     except ValueError:
-        raise UserError(f"--samples = {','.join(_SAMPLES.value)}: allowed are numbers with commas between") from None
+        raise UserError(f"--samples = {','.join(_SAMPLES.value)}: must be numbers with commas between") from None
     settings = Settings(counts[-1], _SOLVER.value, _STEPS.value, _POWER.value, _RTOL.value, _ATOL.value)
     dataclasses.replace(settings, samples=counts[0]).validate()
     if _PART.value == "speed":

@@ -45,12 +45,12 @@ def read_prompts(arguments: list[str]) -> list[str]:
         try:
             prompts += Path(_PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file = {_PROMPTS_FILE.value}: allowed is a UTF-8 file ({error})") from error
+            raise UserError(f"--prompts_file = {_PROMPTS_FILE.value}: must be a UTF-8 file ({error})") from error
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
-            raise UserError(f"prompt {index} is empty: allowed is text (--unconditional=N generates from nothing)")
+            raise UserError(f"prompt {index} is empty: it must be text (--unconditional=N generates from nothing)")
     if not prompts and _UNCONDITIONAL.value < 1:
-        raise UserError("no prompt: allowed are arguments, '-' for standard input, --prompts_file, --unconditional=N")
+        raise UserError("no prompt: give arguments, '-' for standard input, --prompts_file or --unconditional=N")
     return prompts + [""] * _UNCONDITIONAL.value
 
 
@@ -59,7 +59,7 @@ def marked(index: int, prompt: str) -> tuple[str, str, str]:
     found = re.fullmatch(r"(.*?)\[\[(.+?)\]\](.*)", prompt, re.DOTALL)
     if not found or (_MODE.value == "infill" and not found[2].isdecimal()):
         inside = "[[N]], N tokens" if _MODE.value == "infill" else "[[words]]"
-        raise UserError(f"prompt {index} = {prompt!r}: allowed with --mode={_MODE.value} is text with one {inside}")
+        raise UserError(f"prompt {index} = {prompt!r}: with --mode={_MODE.value} must be text with one {inside}")
     return found.groups()
 
 
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
         for index, prompt in enumerate(prompts):
             marked(index, prompt)
     if _BATCH_SIZE.value < 1:
-        raise UserError(f"--batch_size = {_BATCH_SIZE.value}: allowed is at least 1")
+        raise UserError(f"--batch_size = {_BATCH_SIZE.value}: must be at least 1")
     run = _LOAD()
     settings, key = _SETTINGS(trained.settings(run.config, run.tokenizer)), rng.key(_SEED.value, "sample")
     if _MODE.value == "continue":

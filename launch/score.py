@@ -4,7 +4,7 @@
 
 A line of the input is {"text": ...}, {"prefix": ..., "response": ...} or {"prefix": ..., "candidates": [...]}; a
 response follows its prefix as it is, with no space put between. Line i of the output belongs to line i of the input.
-The same command goes on with a run that was stopped. README, "Likelihood", explains the fields.
+The same command resumes a run that was stopped. docs/likelihood.md explains the fields.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ _SETTINGS = {
 def read(path: str | None, form: requests.Format) -> tuple[list[requests.Request], str]:
     """The requests of a file, and its hash."""
     if not path:
-        raise UserError("--input is missing: allowed is a file of JSON lines")
+        raise UserError("--input is missing: it must name a file of JSON lines")
     try:
         content = Path(path).read_bytes()
         lines = content.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input = {path}: allowed is a UTF-8 file ({error})") from error
+        raise UserError(f"--input = {path}: must be a UTF-8 file ({error})") from error
     if not lines:
-        raise UserError(f"--input = {path}: empty; allowed is at least one line, {requests.FORMS}")
+        raise UserError(f"--input = {path}: empty; there must be at least one line, {requests.FORMS}")
     found = [form.request(i, line, f"{path} line {i + 1}") for i, line in enumerate(lines)]
     return found, hashlib.sha256(content).hexdigest()
 
@@ -55,7 +55,7 @@ def main() -> None:
     settings = Settings(**{name: flag.value for name, flag in _SETTINGS.items()})
     settings.validate()
     if not _OUTPUT.value:
-        raise UserError("--output is missing: allowed is a file for the results")
+        raise UserError("--output is missing: it must name a file for the results")
     run = trained.load(_CHECKPOINT.value)
     estimators.check_model(run.model, run.params)
     context = run.config.data.sequence_length

@@ -16,7 +16,7 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?is set by sbatch}"
 srun --kill-on-bad-exit=1 .venv/bin/python launch/train.py "$@"
 status=$?
-# Stopped by a signal (128 + its number, or a killed step) the run goes on from its checkpoint; errors do not repeat.
+# Stopped by a signal (128 + its number, or a killed step) the run resumes from its checkpoint; errors do not repeat.
 case "$status" in
   0 | 1 | 2 | 3) exit "$status" ;;
   *) if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then scontrol requeue "$SLURM_JOB_ID"; else exit "$status"; fi ;;

@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/quickstart.py
 
-The same command goes on with a run that was stopped. Everything is kept in --workdir. With --plan=v5e:4x4 (or another
+The same command resumes a run that was stopped. Everything is kept in --workdir. With --plan=v5e:4x4 (or another
 slice or node) it only compiles the run's steps for such devices and tells memory, FLOPs and tokens per second.
 
 On TPU VMs and in SLURM steps every process of the run finds the others; elsewhere --coordinator=host:port
@@ -59,7 +59,7 @@ def show_plan(config: Config) -> None:
     mesh = sharding.make_mesh(config.train, devices)
     if mesh.size != cluster.count:
         allowed = f"all {cluster.count} devices of --plan = {_PLAN.value}"
-        raise UserError(f"config.train.mesh_* takes {mesh.size} devices: allowed are {allowed}")
+        raise UserError(f"config.train.mesh_* takes {mesh.size} devices: must take {allowed}")
     say = functools.partial(print, flush=True)
     say(f"{cluster.name}: {cluster.count} devices, mesh {', '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
     fits = True
@@ -83,7 +83,7 @@ def main() -> None:
     for part in ("vae", "dit"):
         if getattr(config, part).attention_kernel == "splash" and jax.default_backend() != "tpu":
             allowed = f"'auto', 'xla' or 'splash_interpreted' on this machine's {jax.default_backend()}"
-            raise UserError(f"config.{part}.attention_kernel = 'splash': allowed is {allowed}")
+            raise UserError(f"config.{part}.attention_kernel = 'splash': must be {allowed}")
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda line: None
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()

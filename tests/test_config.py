@@ -139,12 +139,12 @@ def test_an_invalid_value_is_told_in_one_line(field, value, allowed, others):
         configs.parse(merged(others, nested(field, value)))
     message = str(error.value)
     assert message.startswith(f"config.{field} = {value!r}")
-    assert allowed in message.partition(": allowed is ")[2]
+    assert allowed in message.partition(": must be ")[2]
     assert "\n" not in message
 
 
 def test_only_one_mesh_axis_takes_what_is_left():
-    with pytest.raises(UserError, match=r"train\.mesh_\* = \(0, 0, 1\): allowed is at most one axis of 0"):
+    with pytest.raises(UserError, match=r"train\.mesh_\* = \(0, 0, 1\): must be at most one axis of 0"):
         configs.parse({"train": {"mesh_data": 0, "mesh_fsdp": 0}})
 
 
@@ -164,7 +164,7 @@ def test_only_one_mesh_axis_takes_what_is_left():
 def test_a_value_of_the_wrong_type_is_told(field, value, kind):
     with pytest.raises(UserError) as error:
         configs.parse(nested(field, value))
-    assert str(error.value) == f"config.{field} = {value!r}: allowed is a value of type {kind}"
+    assert str(error.value) == f"config.{field} = {value!r}: must be a value of type {kind}"
 
 
 @pytest.mark.parametrize("field", ["sede", "vae.vocabulary", "data.stories.length"])
@@ -172,13 +172,13 @@ def test_an_unknown_field_is_told_with_those_that_exist(field):
     with pytest.raises(UserError) as error:
         configs.parse(nested(field, 1))
     message = str(error.value)
-    assert message.startswith(f"config.{field}: no such field; allowed are ")
+    assert message.startswith(f"config.{field}: no such field; the fields are ")
     siblings = {"sede": "seed", "vae.vocabulary": "vocab_size", "data.stories.length": "max_sentences"}
     assert siblings[field] in message
 
 
 def test_a_group_needs_fields():
-    with pytest.raises(UserError, match="config.vae = 3: allowed is a group of fields"):
+    with pytest.raises(UserError, match="config.vae = 3: must be a group of fields"):
         configs.parse({"vae": 3})
 
 

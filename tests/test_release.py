@@ -509,7 +509,7 @@ def test_parameters_that_are_not_the_models(tiny, tmp_path):
     encoder = {**inner["vae"]["encoder"], "wte": inner["vae"]["encoder"]["wte"].T}
     with refused(tmp_path, "parameter vae/encoder/wte has shape (32, 68)"):
         release.save(tmp_path / "out", model, {"params": {**inner, "vae": {**inner["vae"], "encoder": encoder}}})
-    with refused(tmp_path, "dtype = 'int32': allowed is one of bfloat16, float16, float32"):
+    with refused(tmp_path, "dtype = 'int32': must be one of bfloat16, float16, float32"):
         release.save(tmp_path / "out", model, params, dtype="int32")
     encoder = {**inner["vae"]["encoder"], "wte": inner["vae"]["encoder"]["wte"] * 1e7}
     with refused(tmp_path, "tensor encoder.wte.weight: "):

@@ -82,10 +82,10 @@ def test_rules_of_a_config():
 @pytest.mark.parametrize(
     "axes, message",
     [
-        ({"embed": "model"}, "axes.embed = 'model': allowed is one of '', 'data', 'fsdp', 'tensor'"),
-        ({"mlp": "fsdp"}, "axes.mlp = 'fsdp': allowed is one of '', 'tensor'"),
-        ({"embed": "tensor"}, "axes.embed = 'tensor': allowed is another axis than that of vocab, mlp, heads"),
-        ({"kv": "tensor"}, "axes.heads = 'tensor': allowed is another axis than that of kv"),
+        ({"embed": "model"}, "axes.embed = 'model': must be one of '', 'data', 'fsdp', 'tensor'"),
+        ({"mlp": "fsdp"}, "axes.mlp = 'fsdp': must be one of '', 'tensor'"),
+        ({"embed": "tensor"}, "axes.embed = 'tensor': must be another axis than that of vocab, mlp, heads"),
+        ({"kv": "tensor"}, "axes.heads = 'tensor': must be another axis than that of kv"),
     ],
 )
 def test_rules_that_cannot_be(axes, message):
@@ -124,7 +124,7 @@ def test_batch():
     placed = sharding.put_batch(mesh, {"tokens": rows})["tokens"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding == sharding.batch_sharding(mesh) and placed.addressable_shards[0].data.shape == (2, 3)
-    with pytest.raises(UserError, match="config.data.batch_size = 6: allowed is a multiple of 4"):
+    with pytest.raises(UserError, match="config.data.batch_size = 6: must be a multiple of 4"):
         sharding.put_batch(mesh, {"tokens": rows[:6]})
     with pytest.raises(UserError, match="multiple of 16 .*optimizer2.accumulation = 4"):
         sharding.check_batch(8, 4, mesh, "optimizer2.accumulation")

@@ -63,7 +63,7 @@ class _StoryDocuments(collections.abc.Sequence):
                     self._found[index] = text
                 return text
         raise UserError(
-            f"config.data.holdout = {self._holdout}: allowed is a share that leaves stories in both splits"
+            f"config.data.holdout = {self._holdout}: must be a share that leaves stories in both splits"
             " (data.stories allows too few different ones)"
         )
 
@@ -74,7 +74,7 @@ def _paths(config: DataConfig) -> list[str]:
     # A name that exists is meant literally, even if it looks like a pattern.
     found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not found:
-        raise UserError(f"config.data.files = {pattern!r}: no such file; allowed is a file or a glob that matches one")
+        raise UserError(f"config.data.files = {pattern!r}: no such file; must be a file or a glob that matches one")
     return found
 
 
@@ -83,7 +83,7 @@ def _read(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; allowed is a readable file of UTF-8 text") from error
+        raise UserError(f"{path}: {error.strerror}; must be a readable file of UTF-8 text") from error
 
 
 def _text_documents(config: DataConfig) -> list[str]:
@@ -96,11 +96,11 @@ def _text_documents(config: DataConfig) -> list[str]:
             text = _read(path).decode("utf-8")
         except UnicodeDecodeError as error:
             where = f"byte {error.start} is not UTF-8 ({error.reason})"
-            raise UserError(f"{path}: {where}; allowed is UTF-8 text") from error
+            raise UserError(f"{path}: {where}; must be UTF-8 text") from error
         parts = re.split(separator, text) if config.document_separator else [text]
         result += [part for part in parts if part.strip()]
     if not result:
-        raise UserError(f"config.data.files = {config.files!r}: no text in it; allowed are files with documents")
+        raise UserError(f"config.data.files = {config.files!r}: no text in it; the files must hold documents")
     return result
 
 
@@ -113,8 +113,8 @@ def _text_split(config: DataConfig, split: Split) -> list[str]:
     train = [text for text, position in zip(everything, positions, strict=True) if position >= limit]
     if not train:
         raise UserError(
-            f"config.data.files = {config.files!r}: {len(everything)} document(s), all of them held out; allowed are at"
-            f" least two different ones (data.document_separator = {config.document_separator!r}) and a data.holdout"
+            f"config.data.files = {config.files!r}: {len(everything)} document(s), all of them held out; there must be"
+            f" at least two different ones (data.document_separator = {config.document_separator!r}) and a data.holdout"
             f" that leaves some for training (now {config.holdout})"
         )
     return train if split == "train" else held_out

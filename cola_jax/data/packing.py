@@ -102,7 +102,7 @@ class _ConcatIterator(grain.DatasetIterator):
 
 
 class ConcatIterDataset(grain.IterDataset):
-    """Full rows from documents laid end to end; a document that is cut goes on in the next row as a new segment.
+    """Full rows from documents laid end to end; a document that is cut continues in the next row as a new segment.
 
     Only the last row of a finite parent has padding. Grain's `ConcatThenSplitIterDataset` makes the same rows, but its
     state does not survive JSON, which Grain's own checkpoint handler uses: the tuple ``(-1, -1)`` for "no remainder"

@@ -97,7 +97,7 @@ def create(
     Args:
       config: Corpus, packing and sizes.
       tokenizer: Made by `tokenizers.create` for the same config.
-      split: "train" goes on for ever, in a new order each epoch; "holdout" is one pass in a fixed order, its last
+      split: "train" never ends, in a new order each epoch; "holdout" is one pass in a fixed order, its last
         batch filled up with rows of padding.
       seed: Of the order, and of generated stories.
 

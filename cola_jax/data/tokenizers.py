@@ -162,7 +162,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
             raise UserError(
-                f"config.data.vocab_size = {vocab_size}: allowed is a size that SentencePiece can train on the"
+                f"config.data.vocab_size = {vocab_size}: must be a size that SentencePiece can train on the"
                 f" {sum(map(len, texts))} characters of the corpus ({reason})"
             ) from error
         return cls(model.getvalue())
@@ -178,9 +178,9 @@ class SentencePieceTokenizer:
             with open(path, "rb") as file:
                 return cls(file.read())
         except OSError as error:
-            raise UserError(f"{os.fspath(path)}: {error.strerror}; allowed is a SentencePiece model file") from error
+            raise UserError(f"{os.fspath(path)}: {error.strerror}; must be a SentencePiece model file") from error
         except ValueError as error:
-            raise UserError(f"{os.fspath(path)}: {error}; allowed is a SentencePiece model file") from error
+            raise UserError(f"{os.fspath(path)}: {error}; must be a SentencePiece model file") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model file; a reader sees all of it or nothing."""
@@ -242,7 +242,7 @@ class HuggingFaceTokenizer:
         if found is None:
             raise ValueError(f"has no special token of the names {', '.join(names)}; {what} must be given")
         if found >= self.vocab_size:
-            raise ValueError(f"{what} = {found}: allowed is an id below {self.vocab_size}")
+            raise ValueError(f"{what} = {found}: must be an id below {self.vocab_size}")
         return found
 
     def __reduce__(self):
@@ -267,7 +267,7 @@ class HuggingFaceTokenizer:
             with open(path, "rb") as file:
                 return cls(file.read(), eos_id, pad_id)
         except OSError as error:
-            raise UserError(f"{os.fspath(path)}: {error.strerror}; allowed is a tokenizer.json") from error
+            raise UserError(f"{os.fspath(path)}: {error.strerror}; must be a tokenizer.json") from error
         except ValueError as error:
             raise UserError(f"{os.fspath(path)}: {error}") from error
 

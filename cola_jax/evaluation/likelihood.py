@@ -47,7 +47,7 @@ def held_out(trained, count: int, seed: int) -> Texts:
         raise UserError(f"config.data.corpus = {data.corpus!r}: only a model of 'stories' has a known entropy")
     stories, documents = Stories(data.stories), corpora.documents(data, "holdout", seed)
     if count > len(documents):
-        raise UserError(f"count = {count}: allowed are at most the {len(documents)} held-out stories")
+        raise UserError(f"count = {count}: must be at most the {len(documents)} held-out stories")
     texts = [documents[i] for i in range(count)]
     ids = [packing.document_tokens(text, trained.tokenizer, data.align).tolist() for text in texts]
     tokens = np.array([len(trained.tokenizer.encode(text)) + 1 for text in texts])
@@ -139,7 +139,7 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
                 responses += [true, rest]
                 break
     if not prefixes:
-        raise UserError(f"--count = {count}: allowed are enough stories for pairs that differ in their global factor")
+        raise UserError(f"--count = {count}: must be large enough for pairs that differ in their global factor")
     align, encode = trained.config.data.align, trained.tokenizer.encode
     prefix_ids = [encode(text) for text in prefixes]
     response_ids = []

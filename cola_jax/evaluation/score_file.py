@@ -1,4 +1,4 @@
-"""A file of scores that grows line by line and goes on where it stopped."""
+"""A file of scores that grows line by line and resumes where it stopped."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def resume(path: Path, identity: dict) -> int:
         if before.get(name) != identity.get(name):
             raise UserError(
                 f"--output = {path}: holds results for {name} = {before.get(name)!r}, not {identity.get(name)!r}; "
-                "allowed is another file"
+                "choose another file"
             )
     return _cut(path)
 
@@ -49,7 +49,7 @@ def _cut(path: Path) -> int:
                 break
             index = json.loads(line).get("index")
             if index != count:
-                raise UserError(f"--output = {path}: line {count + 1} has index {index!r}; allowed is {count}")
+                raise UserError(f"--output = {path}: line {count + 1} has index {index!r}; must be {count}")
             count, size = count + 1, size + len(line)
         file.truncate(size)
     return count

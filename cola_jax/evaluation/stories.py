@@ -170,7 +170,7 @@ def score(stories: Stories, texts: Sequence[str]) -> Scores:
 
 
 def held_out_prompts(trained, seed: int, count: int, tokens: int = 0) -> list[str]:
-    """First sentences of held-out stories, or so many of their first tokens."""
+    """First sentences of held-out stories, or their first ``tokens`` tokens."""
     data = trained.config.data
     stories, texts = Stories(data.stories), corpora.documents(data, "holdout", seed)
     chosen = [texts[index % len(texts)] for index in range(count)]

@@ -69,7 +69,7 @@ def _open_released(path: Path, data: configs.DataConfig, model: cola.ColaDLM) ->
     tokenizer = tokenizers.create(data, file)
     if tokenizer.vocab_size > model.vae_config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model {model.vae_config.vocab_size}"
-        raise UserError(f"{file}: has {sizes}: allowed is a tokenizer of the model's vocabulary")
+        raise UserError(f"{file}: has {sizes}: must be a tokenizer of the model's vocabulary")
     return tokenizer
 
 
@@ -88,7 +88,7 @@ def load(
       UserError: no flag, no checkpoint, or a tokenizer that is missing or not the checkpoint's.
     """
     if not path:
-        raise UserError(f"{flag} is missing: allowed is the directory of a run, or of a released checkpoint")
+        raise UserError(f"{flag} is missing: it must name the directory of a run, or of a released checkpoint")
     if release.is_released(path):
         config = released_config(release.read_model(path), eos_id, pad_id)
         config = dataclasses.replace(config, data=_data(config.data, tokenizer, eos_id, pad_id))

@@ -192,7 +192,7 @@ def check_model(model: ColaDLM, params: Params) -> None:
     if "dit" not in params["params"]:
         raise UserError("params: no prior (dit); likelihood needs a model that has been through stage 2")
     if not model.vae_config.variational:
-        raise UserError("config.vae.variational = False: likelihood needs a posterior with a density, allowed is True")
+        raise UserError("config.vae.variational = False: must be True: likelihood needs a posterior with a density")
 
 
 def take(likelihood: Likelihood, index: Sequence[int]) -> Likelihood:
@@ -248,7 +248,7 @@ def conditional(
     """
     for index, response in enumerate(responses):
         if not len(response):
-            raise UserError(f"example {index}: the response is empty; allowed is at least one token")
+            raise UserError(f"example {index}: the response is empty; it must have at least one token")
     count = len(prefixes)
     ids = list(range(count)) if ids is None else [int(i) for i in ids]
     names = [(i, tuple(p)) for i, p in zip(ids, prefixes, strict=True)]

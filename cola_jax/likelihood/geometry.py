@@ -42,7 +42,7 @@ def token(model: ColaDLM, params: Params, tokens, index: int) -> Token:
     """
     size = model.dit_config.block_size
     if model.vae_config.patch_size != 1 or not 0 <= index < len(tokens) or (index + 1) % size:
-        raise UserError(f"token {index} of {len(tokens)}: allowed is one that ends a block of {size}, without patches")
+        raise UserError(f"token {index} of {len(tokens)}: must be a token that ends a block of {size}, without patches")
     row = jnp.asarray(tokens, jnp.int32)[None, : index + 1]
     posterior = model.apply(params, row, jnp.ones_like(row), method="encode")
     latents = model.normalize(posterior.mean)

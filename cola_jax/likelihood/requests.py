@@ -63,25 +63,23 @@ class Format:
         """The request of one line of JSON.
 
         Raises:
-          UserError: naming the line, its value and what is allowed.
+          UserError: naming the line, its value and what it must be.
         """
         line = _parse(raw, where)
         prefix = self.tokenizer.encode(line.get("prefix", ""))
         if len(prefix) % self.patch:
-            raise UserError(f"{where}: {len(prefix)} tokens in prefix; allowed is a multiple of the patch {self.patch}")
+            raise UserError(f"{where}: {len(prefix)} tokens in prefix; must be a multiple of the patch {self.patch}")
         responses, counts = [], []
         for name, text in _scored(line):
             ids = self.tokenizer.encode(text)
             if not ids:
-                raise UserError(f"{where}: {name} is empty; allowed is text")
+                raise UserError(f"{where}: {name} is empty; it must be text")
             fill = self.align - (len(prefix) + len(ids)) % self.align if self.end_of_text else 0
             total = len(prefix) + len(ids) + fill
             if total > self.context:
-                raise UserError(f"{where}: {name} makes {total} tokens; allowed are at most {self.context} (context)")
+                raise UserError(f"{where}: {name} makes {total} tokens; there must be at most {self.context} (context)")
             if total % self.patch:
-                raise UserError(
-                    f"{where}: {name} makes {total} tokens; allowed is a multiple of the patch {self.patch}"
-                )
+                raise UserError(f"{where}: {name} makes {total} tokens; must be a multiple of the patch {self.patch}")
             responses.append([*ids, *[self.tokenizer.eos_id] * fill])
             counts.append(len(ids) + self.end_of_text)
         return Request(line, index, prefix, responses, counts)
@@ -91,16 +89,16 @@ def _parse(raw: str, where: str) -> dict:
     try:
         line = json.loads(raw)
     except ValueError:
-        raise UserError(f"{where}: not JSON; allowed is {FORMS}") from None
+        raise UserError(f"{where}: not JSON; a line must be {FORMS}") from None
     names = set(line) - {"id"} if isinstance(line, dict) else set()
     if names not in ({"text"}, {"prefix", "response"}, {"prefix", "candidates"}):
-        raise UserError(f"{where}: fields {sorted(names)}; allowed is {FORMS}")
+        raise UserError(f"{where}: fields {sorted(names)}; a line must be {FORMS}")
     candidates = line.get("candidates", [])
     texts = [line[name] for name in names - {"candidates"}]
     if not isinstance(candidates, list) or not all(isinstance(text, str) for text in [*texts, *candidates]):
-        raise UserError(f"{where}: a value is not text; allowed is {FORMS}")
+        raise UserError(f"{where}: a value is not text; a line must be {FORMS}")
     if "candidates" in line and not line["candidates"]:
-        raise UserError(f"{where}: candidates = []; allowed is at least one")
+        raise UserError(f"{where}: candidates = []; there must be at least one")
     return line
 
 

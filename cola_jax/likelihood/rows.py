@@ -36,7 +36,7 @@ def make_rows(model: ColaDLM, tokens, segment_ids=None, prefix=None, ids=None) -
     tokens = np.asarray(tokens)
     real = np.ones(tokens.shape, np.int32) if segment_ids is None else np.asarray(segment_ids, np.int32)
     if tokens.ndim != 2 or real.shape != tokens.shape or not tokens.size:
-        raise UserError(f"tokens {tokens.shape}, segment_ids {real.shape}: allowed are two equal shapes [B, T]")
+        raise UserError(f"tokens {tokens.shape}, segment_ids {real.shape}: must be two equal shapes [B, T]")
     lengths = (real > 0).sum(axis=1)
     prefix = np.zeros(len(tokens), np.int32) if prefix is None else np.asarray(prefix, np.int32)
     ids = np.arange(len(tokens), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
@@ -44,13 +44,13 @@ def make_rows(model: ColaDLM, tokens, segment_ids=None, prefix=None, ids=None) -
         if not np.array_equal(segments, np.arange(len(segments)) < length):
             raise UserError(f"example {i}: segment_ids are not 1 for one document and 0 for the padding behind it")
         if length and not (0 <= row[:length].min() and row[:length].max() < vocabulary):
-            raise UserError(f"example {i}: a token id is outside the vocabulary, allowed is 0 to {vocabulary - 1}")
+            raise UserError(f"example {i}: a token id is outside the vocabulary, must be 0 to {vocabulary - 1}")
         if not 0 <= prefix[i] < length:
             what = "no token" if not length else f"{length} tokens, of which the prefix has {prefix[i]}"
-            raise UserError(f"example {i}: {what}; allowed is at least one token to score")
+            raise UserError(f"example {i}: {what}; there must be at least one token to score")
         for name, value in (("tokens", length), ("tokens in its prefix", prefix[i])):
             if value % patch:
-                raise UserError(f"example {i}: {value} {name}; allowed is a multiple of the patch size {patch}")
+                raise UserError(f"example {i}: {value} {name}; must be a multiple of the patch size {patch}")
     fill = -tokens.shape[1] % (model.dit_config.block_size * patch)
     tokens = np.pad(np.where(real > 0, tokens, 0), ((0, 0), (0, fill))).astype(np.int32)
     real = np.pad(real, ((0, 0), (0, fill)))

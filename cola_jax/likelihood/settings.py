@@ -75,6 +75,6 @@ class Settings:
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
-                raise UserError(f"likelihood {name} = {getattr(self, name)!r}: allowed is {allowed}")
+                raise UserError(f"likelihood {name} = {getattr(self, name)!r}: must be {allowed}")
         if self.dtype == "float64" and not jax.config.jax_enable_x64:
-            raise UserError("likelihood dtype = 'float64': allowed is it in JAX's 64-bit mode (JAX_ENABLE_X64=1)")
+            raise UserError("likelihood dtype = 'float64': JAX must be in its 64-bit mode (JAX_ENABLE_X64=1)")

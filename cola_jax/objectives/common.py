@@ -19,7 +19,7 @@ def latent_segments(batch: dict, patch_size: int) -> Int[Array, "B N"]:
 def reconstructed(batch: dict, patch_size: int) -> Float[Array, "B T"]:
     """Weights of the tokens that the decoder learns to write: all of every real latent, padding in it included.
 
-    So the first token of a text that begins inside a patch is told from the padding before it.
+    So the first token of a text that begins inside a patch can be distinguished from the padding before it.
     """
     return jnp.repeat(latent_segments(batch, patch_size) > 0, patch_size, axis=1).astype(jnp.float32)
 

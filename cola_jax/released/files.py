@@ -40,7 +40,7 @@ def dtype_of(name: str, what: str) -> np.dtype:
     for dtype in DTYPES.values():
         if dtype.name == str(name):
             return dtype
-    raise UserError(f"{what} = {str(name)!r}: allowed is one of {', '.join(sorted(_CODES))}")
+    raise UserError(f"{what} = {str(name)!r}: must be one of {', '.join(sorted(_CODES))}")
 
 
 def read_json(path: Path) -> dict:
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a readable JSON file ({reason})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}: allowed is an object")
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}: must be an object")
     return value
 
 
@@ -86,18 +86,18 @@ class Weights:
         else:
             pickles = sorted(f.name for f in folder.glob("*") if f.suffix in _PICKLES)
             hint = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
-            raise UserError(f"{single}: missing{hint}; allowed is {SINGLE} or {INDEX}")
+            raise UserError(f"{single}: missing{hint}; there must be {SINGLE} or {INDEX}")
 
     def _add_indexed(self, folder: Path, index: Path) -> None:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             shown = str(places)[:80]
-            raise UserError(f"{index}: weight_map = {shown!r}: allowed is an object of tensor names and files")
+            raise UserError(f"{index}: weight_map = {shown!r}: must be an object of tensor names and files")
         for name, place in places.items():
             plain = isinstance(place, str) and place == os.path.basename(place) and not set(place) & set("\\\0")
             if not plain or not place.endswith(".safetensors"):
                 allowed = "a .safetensors file beside the index"
-                raise UserError(f"{index}: tensor {name} is in {place!r}: allowed is {allowed}")
+                raise UserError(f"{index}: tensor {name} is in {place!r}: must be {allowed}")
         for place in sorted(set(places.values())):
             self._add(folder / place, {name for name, other in places.items() if other == place})
 
@@ -112,7 +112,7 @@ class Weights:
                 view = tensors.get_slice(name)
                 code = view.get_dtype()
                 if code not in DTYPES:
-                    raise UserError(f"{file}: tensor {name} has type {code}: allowed is one of {', '.join(DTYPES)}")
+                    raise UserError(f"{file}: tensor {name} has type {code}: must be one of {', '.join(DTYPES)}")
                 self._file[name], self.specs[name] = file, Spec(DTYPES[code], tuple(view.get_shape()))
 
     def file(self, name: str) -> Path:

@@ -131,10 +131,10 @@ def _honoured(part: str, released: dict, file) -> dict:
     found = {}
     for name, field in _HONOURED[part].items():
         if name not in released:
-            raise UserError(f"{file}: {name} is missing: allowed is {_ALLOWED[field.kind]}")
+            raise UserError(f"{file}: {name} is missing: it must be {_ALLOWED[field.kind]}")
         value = released[name]
         if not _fits(field.kind, value):
-            raise UserError(f"{file}: {name} = {value!r}: allowed is {_ALLOWED[field.kind]}")
+            raise UserError(f"{file}: {name} = {value!r}: must be {_ALLOWED[field.kind]}")
         is_float = field.kind in (_NUMBER, _POSITIVE, _LIMIT) and value is not None
         found[field.name] = float(value) if is_float else value
     return found
@@ -161,7 +161,7 @@ def vae_config(released: dict, file="cola_vae/config.json") -> VAEConfig:
     fields = _honoured(VAE, released, file)
     for name in _MASKS:
         if not isinstance(released.get(name), bool):
-            raise UserError(f"{file}: {name} = {released.get(name)!r}: allowed is {_ALLOWED[_FLAG]}")
+            raise UserError(f"{file}: {name} = {released.get(name)!r}: must be {_ALLOWED[_FLAG]}")
     if not (released["causal"] or released["block_causal"]):
         raise UserError(f"{file}: causal = False, block_causal = False: supported is at least one of them True")
     # Block-causal wins where both are set, as in the released forward pass.
@@ -182,10 +182,10 @@ def check_pair(vae: VAEConfig, dit: DiTConfig, file="cola_dit/config.json") -> N
     """Raises UserError if the two parts do not belong together."""
     if dit.latent_dim != vae.latent_dim:
         allowed = f"cola_vae's latent_dim = {vae.latent_dim}"
-        raise UserError(f"{file}: txt_in_channels = {dit.latent_dim}: allowed is {allowed}")
+        raise UserError(f"{file}: txt_in_channels = {dit.latent_dim}: must be {allowed}")
     if vae.attention == "block_causal" and dit.block_size % vae.block_size:
         raise UserError(
-            f"{file}: block_size = {dit.block_size}: allowed is a multiple of cola_vae's block_size = {vae.block_size}"
+            f"{file}: block_size = {dit.block_size}: must be a multiple of cola_vae's block_size = {vae.block_size}"
         )
 
 

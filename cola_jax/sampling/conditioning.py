@@ -52,20 +52,20 @@ def check_prompts(model: ColaDLM, prompts: Sequence[Ids], settings: Settings) ->
     for index, prompt in enumerate(prompts):
         if settings.context is not None and len(prompt) + settings.max_new_tokens > settings.context:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens: allowed are at most {settings.context} (context) "
+                f"prompt {index} has {len(prompt)} tokens: must be at most {settings.context} (context) "
                 f"minus {settings.max_new_tokens} (max_new_tokens)"
             )
         check_tokens(model, f"prompt {index}", prompt)
 
 
 def bucket(model: ColaDLM, tokens: int) -> int:
-    """The width for sequences of up to so many tokens: a power of two of blocks, so that few programs are compiled."""
+    """The width for sequences of at most ``tokens`` tokens: a power of two of blocks, so that few programs compile."""
     per_block = model.vae_config.patch_size * model.dit_config.block_size
     return per_block * 2 ** (-(-max(tokens, 1) // per_block) - 1).bit_length()
 
 
 def padding(model: ColaDLM, tokens: int, settings: Settings) -> int:
-    """Padding before a text of so many tokens: with it, the text ends with a patch; "left_pad": with a block."""
+    """Padding before a text of ``tokens`` tokens: with it, the text ends with a patch; "left_pad": with a block."""
     patch = model.vae_config.patch_size
     unit = patch * model.dit_config.block_size if settings.conditioning == "left_pad" else patch
     return -tokens % unit

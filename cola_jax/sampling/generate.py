@@ -39,17 +39,17 @@ class Piece(NamedTuple):
 
 def _keys(key: Key | None, settings: Settings, count: int, sample_ids, noise) -> Key:
     if sample_ids is not None and len(sample_ids) != count:
-        raise UserError(f"sampling sample_ids: {len(sample_ids)} given, allowed is one for each of {count} prompts")
+        raise UserError(f"sampling sample_ids: {len(sample_ids)} given, there must be one for each of {count} prompts")
     if key is None:
         if noise is None or settings.temperature or settings.conditioning == "repaint":
-            raise UserError("sampling key = None: allowed only with explicit noise, temperature 0 and no repainting")
+            raise UserError("sampling key = None: only with explicit noise, temperature 0 and no repainting")
         key = jax.random.key(0)
     ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
 def _block_count(model: ColaDLM, settings: Settings, new_tokens: int) -> int:
-    """Blocks that so many new tokens need, whatever part of the first one is known."""
+    """Blocks that ``new_tokens`` new tokens need, whatever part of the first one is known."""
     per_block = model.dit_config.block_size * model.vae_config.patch_size
     aligned = settings.conditioning in ("left_pad", "right_pad")
     return -(-(new_tokens + (0 if aligned else per_block - 1)) // per_block)
@@ -60,8 +60,7 @@ def _run(model, params, layout, settings, count: int, keys, noise, mesh: Mesh | 
         size = (model.dit_config.block_size, model.dit_config.latent_dim)
         if noise.shape[0] != len(layout.tokens) or noise.shape[2:] != size:
             raise UserError(
-                f"sampling noise has shape {noise.shape}: allowed is "
-                f"({len(layout.tokens)}, blocks, {size[0]}, {size[1]})"
+                f"sampling noise has shape {noise.shape}: must be ({len(layout.tokens)}, blocks, {size[0]}, {size[1]})"
             )
         count = min(count, noise.shape[1])
     model, params = blocks.prepare(model, params)
@@ -140,15 +139,16 @@ def infill(
     """
     settings.validate()
     if settings.conditioning in ("left_pad", "right_pad"):
-        raise UserError(f"sampling conditioning = {settings.conditioning!r}: allowed for gaps is 'clean' or 'repaint'")
+        raise UserError(f"sampling conditioning = {settings.conditioning!r}: for gaps must be 'clean' or 'repaint'")
     if not len(texts):
         raise UserError("texts: none given; at least one is needed")
     for index, (before, length, after) in enumerate(texts):
         if length < 1:
-            raise UserError(f"text {index} has a gap of length {length}: allowed is at least 1")
+            raise UserError(f"text {index} has a gap of length {length}: must be at least 1")
         total = len(before) + length + len(after)
         if settings.context is not None and total > settings.context:
-            raise UserError(f"text {index} has {total} tokens with its gap: allowed are {settings.context} (context)")
+            most = f"must be at most {settings.context} (context)"
+            raise UserError(f"text {index} has {total} tokens with its gap: {most}")
         for side in (before, after):
             conditioning.check_tokens(model, f"text {index}", side)
     longest = max(length for _, length, _ in texts)
@@ -188,12 +188,12 @@ def edit(
         raise UserError("texts: none given; at least one is needed")
     for index, (text, start, stop) in enumerate(texts):
         if not 0 <= start < stop <= len(text):
-            raise UserError(f"text {index}: span {start}:{stop}: allowed is 0 <= start < stop <= {len(text)} (tokens)")
+            raise UserError(f"text {index}: span {start}:{stop}: must be 0 <= start < stop <= {len(text)} (tokens)")
         if settings.context is not None and len(text) > settings.context:
-            raise UserError(f"text {index} has {len(text)} tokens: allowed are {settings.context} (context)")
+            raise UserError(f"text {index} has {len(text)} tokens: must be at most {settings.context} (context)")
         conditioning.check_tokens(model, f"text {index}", text)
     if not 0 < strength <= 1:
-        raise UserError(f"sampling strength = {strength}: allowed is above 0 and at most 1")
+        raise UserError(f"sampling strength = {strength}: must be above 0 and at most 1")
     longest = max(stop - start for _, start, stop in texts)
     settings = dataclasses.replace(
         settings, conditioning="clean", start_time=strength, max_new_tokens=longest, eos_id=None
@@ -274,7 +274,7 @@ def generate_batches(
     """
     settings.validate()
     if batch_size < 1:
-        raise UserError(f"sampling batch_size = {batch_size}: allowed is at least 1")
+        raise UserError(f"sampling batch_size = {batch_size}: must be at least 1")
     conditioning.check_prompts(model, prompts, settings)
     size = min(batch_size, len(prompts))
     if settings.conditioning == "repaint":  # whose first block needs a program of its own

@@ -88,6 +88,6 @@ class Settings:
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
-                raise UserError(f"sampling {name} = {getattr(self, name)!r}: allowed is {allowed}")
+                raise UserError(f"sampling {name} = {getattr(self, name)!r}: must be {allowed}")
         if self.conditioning == "repaint" and self.solver not in solve.STEPPERS:
-            raise UserError(f"sampling solver = {self.solver!r}: allowed with 'repaint' is one of {solve.STEPPERS}")
+            raise UserError(f"sampling solver = {self.solver!r}: with 'repaint' must be one of {solve.STEPPERS}")

@@ -275,7 +275,7 @@ def load_params(path: str | Path, report: Callable[[str], None] = print) -> Load
 
     Args:
       path: a run's directory (then its stage 2 is read) or one stage's directory inside it.
-      report: told about steps that are damaged and passed over.
+      report: called with a line for each damaged step that is skipped.
 
     Raises:
       UserError: there is no checkpoint, or none that passes verification.
@@ -344,7 +344,7 @@ def _stage_directory(path: Path) -> tuple[Path, list[int]]:
     directory = path if verified.step_directories(path) else path / "stage2"
     steps = verified.step_directories(directory)
     if not steps:
-        raise UserError(f"{path}: no checkpoint here; allowed is the directory of a run with stage2/<step>")
+        raise UserError(f"{path}: no checkpoint here; it must be the directory of a run with stage2/<step>")
     return directory, steps
 
 

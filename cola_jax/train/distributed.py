@@ -65,14 +65,14 @@ def _given(coordinator: str | None, process_count: int | None, process_id: int |
     values = {"coordinator": coordinator, "process_count": process_count, "process_id": process_id}
     missing = [name for name, value in values.items() if value is None]
     if missing:
-        raise UserError(f"--{missing[0]} is missing: allowed are --coordinator, --process_count, --process_id together")
+        raise UserError(f"--{missing[0]} is missing: --coordinator, --process_count, --process_id belong together")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator = {coordinator}: allowed is host:port of process 0")
+        raise UserError(f"--coordinator = {coordinator}: must be host:port of process 0")
     if process_count < 1:
-        raise UserError(f"--process_count = {process_count}: allowed is a number of at least 1")
+        raise UserError(f"--process_count = {process_count}: must be a number of at least 1")
     if not 0 <= process_id < process_count:
-        raise UserError(f"--process_id = {process_id}: allowed is a number from 0 to {process_count - 1}")
+        raise UserError(f"--process_id = {process_id}: must be a number from 0 to {process_count - 1}")
     return {
         "coordinator_address": coordinator,
         "num_processes": process_count,
@@ -107,14 +107,14 @@ def initialize(
       UserError: a value is not allowed, or JAX cannot start.
     """
     if timeout <= 0:
-        raise UserError(f"--join_timeout = {timeout:g}: allowed is a positive number of seconds")
+        raise UserError(f"--join_timeout = {timeout:g}: must be a positive number of seconds")
     given = (coordinator, process_count, process_id) != (None, None, None)
     arguments = _given(coordinator, process_count, process_id) if given else _cluster()
     if arguments is None:
         return
     reserve_threads(several=True)
     place = f"--coordinator = {coordinator}, process {process_id} of {process_count}" if given else "the cluster"
-    message = f"{place}: not all processes joined within {timeout:g} s; allowed is one start of each at the same time"
+    message = f"{place}: not all processes joined within {timeout:g} s; all must be started at the same time"
     timer = threading.Timer(timeout, _give_up, [message])
     timer.daemon = True
     timer.start()

@@ -1,7 +1,7 @@
 """What ends a run from outside: signals, and steps that never end. And the statuses a process ends with.
 
 Exit status: 0 done, 2 something the user can fix, 3 training diverged, 75 stopped with its state saved or another
-process lost, 76 hung, 130 Ctrl-C. After 75 and 76 (and 128 + a signal that nobody catches) the same command goes on.
+process lost, 76 hung, 130 Ctrl-C. After 75, 76 and 128 + a signal that nobody catches the same command resumes.
 """
 
 import faulthandler
@@ -99,7 +99,7 @@ class Watchdog:
         where = f"process {jax.process_index()} of {jax.process_count()}"
         print(
             f"error: {where}: no step has ended for {self._timeout:g} s (config.train.hang_timeout); "
-            f"its stacks follow; the same command goes on from the last checkpoint",
+            f"its stacks follow; the same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -1,7 +1,7 @@
 """The training loop: stage 1, then stage 2, resumable at every moment. The only module with state and files.
 
 A run's directory holds `config.json`, `tokenizer.model`, `stage1/` and `stage2/` (checkpoints), `metrics.jsonl`,
-`samples.jsonl`, `timing.jsonl` and `tensorboard/`. The same command on the same directory goes on where the last
+`samples.jsonl`, `timing.jsonl` and `tensorboard/`. The same command on the same directory resumes where the last
 process stopped, with the same result, bit for bit, as if it had not stopped.
 """
 
@@ -156,7 +156,7 @@ class _Stage:
             asked = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
-                raise UserError(f"data ended after {self.step} steps: allowed is a corpus with at least one batch")
+                raise UserError(f"data ended after {self.step} steps: the corpus must hold at least one batch")
             waited = time.perf_counter() - asked
             self.state, values = train_step(self.state, sharding.put_batch(self._mesh, batch))
             self.step += 1
@@ -217,7 +217,7 @@ class _Stage:
                     cached.append(sharding.put_batch(self._mesh, batch))
                 iterator.close()
             if not cached:
-                raise UserError(f"config.data.holdout = {self._config.data.holdout}: allowed is one that gives a batch")
+                raise UserError(f"config.data.holdout = {self._config.data.holdout}: must be enough for one batch")
             params = states.evaluation_params(state)
             sums = [eval_step(params, state.reference, batch, index) for index, batch in enumerate(cached)]
             return steps.summarize(sums)
@@ -266,12 +266,12 @@ class _Stage:
         signum = self._around.signals.received or signal.SIGTERM
         name = signal.Signals(signum).name
         raise Interrupted(
-            f"stopped by {name} after step {self.step} of stage {self.number}: saved; the same command goes on", signum
+            f"stopped by {name} after step {self.step} of stage {self.number}: saved; the same command resumes", signum
         )
 
 
 class _Around(contextlib.ExitStack):
-    """What goes on beside the steps of a run: signals, the watchdog, the profiler."""
+    """What runs beside the steps of a run: signals, the watchdog, the profiler."""
 
     def __init__(self, config: Config, workdir: Path, profile_steps: tuple[int, int] | None):
         super().__init__()

@@ -142,7 +142,7 @@ class Cost:
 
 
 def cost(config: Config, stage: int, device_count: int) -> Cost:
-    """The `Cost` of a stage of a run on so many devices."""
+    """The `Cost` of a stage of a run on ``device_count`` devices."""
     tokens = config.data.batch_size * config.data.sequence_length
     before = config.stage1.steps * tokens * flops_per_token(config, 1) if stage == 2 else 0.0
     peak = config.train.peak_flops or devices.peak_flops(jax.devices()[0].device_kind)

@@ -96,7 +96,7 @@ def _claim(config: Config, workdir: Path) -> None:
         try:
             saved = json.loads(path.read_text())
         except (ValueError, OSError) as error:
-            raise UserError(f"{path}: not a JSON file ({error}); allowed is the file that the run wrote") from error
+            raise UserError(f"{path}: not a JSON file ({error}); it must be the file that the run wrote") from error
         # A field that did not exist when the run began had the value that is the default now.
         before, after = {**flat(configs.default()), **flat(saved)}, flat(now)
         names = [name for name in {**before, **after} if name not in _FREE_FIELDS]
@@ -110,9 +110,9 @@ def _claim(config: Config, workdir: Path) -> None:
             reports.write_atomically(path, json.dumps(now, indent=2).encode() + b"\n")
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"--workdir = {workdir}: allowed is a directory that can be written ({reason})") from error
+            raise UserError(f"--workdir = {workdir}: must be a directory that can be written ({reason})") from error
     else:
-        raise UserError(f"--workdir = {workdir}: allowed is a directory that all processes see")
+        raise UserError(f"--workdir = {workdir}: must be a directory that all processes see")
 
 
 def data_seed(seed: int, stage: int) -> int:

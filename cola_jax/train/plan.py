@@ -52,7 +52,7 @@ CHIPS = {
 
 
 class Cluster(NamedTuple):
-    """A described slice or node: so many of these chips; ``shape`` is a TPU slice's."""
+    """A described slice or node: its chips and their number; ``shape`` is a TPU slice's."""
 
     name: str
     chip: Chip
@@ -99,7 +99,7 @@ def parse_cluster(text: str) -> Cluster:
     name, _, size = text.partition(":")
     if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UserError(
-            f"--plan = {text}: allowed is CHIP:COUNT or CHIP:AxB, as v5e:4x4 or h100:8, with one of {', '.join(CHIPS)}"
+            f"--plan = {text}: must be CHIP:COUNT or CHIP:AxB, as v5e:4x4 or h100:8, with one of {', '.join(CHIPS)}"
         )
     return Cluster(text, CHIPS[name], tuple(int(part) for part in size.split("x")))
 
@@ -133,7 +133,7 @@ def describe_devices(cluster: Cluster) -> tuple[list, str]:
         return list(topology.devices), "TPU"
     except Exception as error:  # libtpu raises its own
         reason = " ".join(str(error).split())[:200]
-        allowed = f"allowed is a slice that the TPU compiler knows ({reason})"
+        allowed = f"must be a slice that the TPU compiler knows ({reason})"
         raise UserError(f"--plan = {cluster.name}: {allowed}") from error
 
 

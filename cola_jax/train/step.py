@@ -13,7 +13,7 @@ from cola_jax.train import optimizer as optimizers
 from cola_jax.train.state import Guard, TrainState
 from cola_jax.types import Key, Params, PyTree, Term
 
-# The running average of the gradient norm forgets with this factor, and knows spikes after so many updates.
+# The running average of the gradient norm forgets with this factor, and recognises spikes after this many updates.
 _NORM_DECAY, _NORM_UPDATES = 0.98, 20
 
 # (params, batch, keys, reference) -> terms per example

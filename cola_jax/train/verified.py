@@ -89,7 +89,7 @@ def newest_valid(
       directory: of the stage.
       load: reads the files of a step; raises anything if they are damaged, UserError if they do not fit. No
         collective operation: one process may fail alone.
-      report: told in one line about each step that is passed over.
+      report: called with one line for each step that is skipped.
       verify: what is wrong with what was loaded, or None; all processes come to the same result together.
 
     Raises:
@@ -97,7 +97,7 @@ def newest_valid(
     """
     steps = step_directories(directory)
     if not distributed.same(steps):
-        raise UserError(f"checkpoint {directory}: allowed is a directory that all processes see; their steps differ")
+        raise UserError(f"checkpoint {directory}: must be a directory that all processes see; their steps differ")
     hook = sys.unraisablehook
     # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
     sys.unraisablehook = lambda _: None

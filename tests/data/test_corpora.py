@@ -64,7 +64,7 @@ def test_stories_end_where_they_end():
 def test_stories_that_cannot_be_divided_are_a_user_error(monkeypatch):
     monkeypatch.setattr(corpora, "_ATTEMPTS", 50)
     documents = corpora.documents(_stories(holdout=1e-9), "holdout", 0)
-    with pytest.raises(UserError, match=r"config\.data\.holdout = 1e-09: allowed is"):
+    with pytest.raises(UserError, match=r"config\.data\.holdout = 1e-09: must be"):
         documents[0]
 
 
@@ -146,27 +146,27 @@ def test_two_documents_are_enough(tmp_path, share):
 
 def test_one_document_is_too_few(tmp_path):
     (tmp_path / "a.txt").write_text("same\n\nsame\n\nsame", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.txt': 3 document\(s\), all of them held out; allowed"):
+    with pytest.raises(UserError, match=r"a\.txt': 3 document\(s\), all of them held out; there must be"):
         corpora.documents(_text(tmp_path / "a.txt"), "train", 0)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "*.none", "."])
 def test_files_that_do_not_exist(tmp_path, name):
-    with pytest.raises(UserError, match=r"config\.data\.files = .*no such file; allowed"):
+    with pytest.raises(UserError, match=r"config\.data\.files = .*no such file; must be"):
         corpora.documents(_text(tmp_path / name), "train", 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \n\n"])
 def test_files_without_text(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.txt': no text in it; allowed"):
+    with pytest.raises(UserError, match=r"a\.txt': no text in it; the files"):
         corpora.documents(_text(tmp_path / "a.txt"), "train", 0)
 
 
 def test_files_that_are_not_utf8(tmp_path):
     _write(tmp_path, "a.txt", 10)
     (tmp_path / "b.txt").write_bytes("gr\u00fcn\n\n".encode() + b"caf\xe9 au lait")
-    with pytest.raises(UserError, match=r"b\.txt: byte 10 is not UTF-8 .*allowed is UTF-8 text"):
+    with pytest.raises(UserError, match=r"b\.txt: byte 10 is not UTF-8 .*must be UTF-8 text"):
         corpora.documents(_text(tmp_path / "*.txt"), "train", 0)
 
 

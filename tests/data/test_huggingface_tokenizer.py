@@ -52,7 +52,7 @@ def test_specials(model):
     assert tokenizer.decode([*ids, size - 3, size - 2, size - 1]) == "the <|endoftext|> cat<|pad|>"
     given = tokenizers.HuggingFaceTokenizer(model, eos_id=5, pad_id=6)
     assert (given.eos_id, given.pad_id) == (5, 6) and given.fingerprint != tokenizer.fingerprint
-    with pytest.raises(ValueError, match=f"eos_id = {size}: allowed is an id below {size}"):
+    with pytest.raises(ValueError, match=f"eos_id = {size}: must be an id below {size}"):
         tokenizers.HuggingFaceTokenizer(model, eos_id=size)
 
 

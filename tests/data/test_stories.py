@@ -419,7 +419,7 @@ def test_bad_config_values_are_named(field, value, allowed):
     with pytest.raises(ValueError) as error:
         Stories(StoriesConfig(**{field: value}))
     message = str(error.value)
-    assert message.startswith(f"config.data.stories.{field} = {value!r}: allowed is ")
+    assert message.startswith(f"config.data.stories.{field} = {value!r}: must be ")
     assert message.endswith(allowed) and "\n" not in message
 
 

@@ -173,7 +173,7 @@ def test_wrong_model_files_are_named(trained, tmp_path, content):
         lambda: tokenizers.SentencePieceTokenizer.load(path),
         lambda: tokenizers.create(DataConfig(tokenizer_path=str(path)), tmp_path / "unused"),
     ):
-        with pytest.raises(UserError, match=r"wrong\.model: .*allowed is a SentencePiece model file") as error:
+        with pytest.raises(UserError, match=r"wrong\.model: .*must be a SentencePiece model file") as error:
             load()
         assert "\n" not in str(error.value)
 

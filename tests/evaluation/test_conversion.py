@@ -120,7 +120,7 @@ def test_a_run_of_another_config_does_not_take_its_directory(run):
 def test_type_of_the_tensors(run, tmp_path):
     conversion.to_released(str(run), str(tmp_path / "wide"), "float32")
     assert {spec.dtype.name for spec in files.Weights(tmp_path / "wide" / "cola_vae").specs.values()} == {"float32"}
-    with pytest.raises(UserError, match="--dtype = 'int8': allowed is one of"):
+    with pytest.raises(UserError, match="--dtype = 'int8': must be one of"):
         conversion.to_released(str(run), str(tmp_path / "narrow"), "int8")
 
 

@@ -186,8 +186,8 @@ def test_rates():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"samples": 0}, "likelihood samples = 0: allowed is at least 1"),
-        ({"solver": "rk9"}, "likelihood solver = 'rk9': allowed is one of euler, heun"),
+        ({"samples": 0}, "likelihood samples = 0: must be at least 1"),
+        ({"solver": "rk9"}, "likelihood solver = 'rk9': must be one of euler, heun"),
         ({"solver": "euler", "steps": 0}, "likelihood steps = 0"),
         ({"rtol": 0.0, "steps": 0}, "likelihood rtol = 0.0"),
         ({"divergence": "none"}, "likelihood divergence = 'none'"),
@@ -205,12 +205,12 @@ def test_settings_refuse(change, words):
 @pytest.mark.parametrize(
     ("tokens", "segments", "prefix", "words"),
     [
-        ([[1, 2, 99]], None, None, "example 0: a token id is outside the vocabulary, allowed is 0 to 30"),
+        ([[1, 2, 99]], None, None, "example 0: a token id is outside the vocabulary, must be 0 to 30"),
         ([[1, 2, -1]], None, None, "example 0: a token id is outside"),
         ([[1, 2], [1, 2]], [[1, 1], [1, 2]], None, "example 1: segment_ids"),
         ([[1, 2], [1, 2]], [[1, 1], [0, 0]], None, "example 1: no token"),
         ([[1, 2]], None, [2], "example 0: 2 tokens, of which the prefix has 2"),
-        ([1, 2], None, None, "allowed are two equal shapes"),
+        ([1, 2], None, None, "must be two equal shapes"),
     ],
 )
 def test_rows_refuse(tiny, tokens, segments, prefix, words):

@@ -102,7 +102,7 @@ def test_a_solve_that_fails_is_told(direct):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"text": "a" * 16}, "f line 1: text makes 20 tokens; allowed are at most 16 (context)"),
+        ({"text": "a" * 16}, "f line 1: text makes 20 tokens; there must be at most 16 (context)"),
         ({"text": ""}, "f line 1: text is empty"),
         ({"prefix": "a", "response": ""}, "f line 1: response is empty"),
         ({"prefix": "a", "candidates": ["b", ""]}, "f line 1: candidate 1 is empty"),
@@ -128,9 +128,9 @@ def test_a_line_that_is_not_json_and_patches():
     with pytest.raises(UserError, match="f line 1: not JSON"):
         FORM.request(0, "{", "f line 1")
     patched = dataclasses.replace(FORM, align=1, patch=2, end_of_text=False)
-    with pytest.raises(UserError, match="1 tokens in prefix; allowed is a multiple of the patch 2"):
+    with pytest.raises(UserError, match="1 tokens in prefix; must be a multiple of the patch 2"):
         parse([{"prefix": "a", "response": "b"}], patched)
-    with pytest.raises(UserError, match="text makes 3 tokens; allowed is a multiple of the patch 2"):
+    with pytest.raises(UserError, match="text makes 3 tokens; must be a multiple of the patch 2"):
         parse([{"text": "abc"}], patched)
 
 
@@ -143,10 +143,10 @@ def test_a_score_file_goes_on_behind_its_last_whole_line(tmp_path):
     assert score_file.resume(path, identity) == 2 and path.read_bytes() == whole
     score_file.append(path, [{"index": 2}])
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    with pytest.raises(UserError, match="holds results for seed = 1, not 2; allowed is another file"):
+    with pytest.raises(UserError, match="holds results for seed = 1, not 2; choose another file"):
         score_file.resume(path, {"seed": 2})
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="line 3 has index 0; allowed is 2"):
+    with pytest.raises(UserError, match="line 3 has index 0; must be 2"):
         score_file.resume(path, identity)
     other = tmp_path / "other.jsonl"
     other.write_text("{}\n")

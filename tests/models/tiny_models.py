@@ -97,7 +97,7 @@ def assert_close(actual, expected, relative: float):
     size = np.max(np.abs(expected))
     assert actual.shape == expected.shape and size > 0
     error = np.max(np.abs(actual - expected)) / size
-    assert error < relative, f"relative error {error:.2e}, allowed is {relative:.0e}"
+    assert error < relative, f"relative error {error:.2e}, must be below {relative:.0e}"
 
 
 def assert_trees_close(actual, expected, relative: float):

@@ -145,22 +145,22 @@ def test_dit_options(tmp_path, changes):
 
 
 REFUSED = [
-    ("cola_vae", {"act": "relu"}, "act = 'relu': allowed is one of 'swiglu', 'silu', 'gelu'"),
+    ("cola_vae", {"act": "relu"}, "act = 'relu': must be one of 'swiglu', 'silu', 'gelu'"),
     ("cola_vae", {"shared_heads_kv": 2}, "shared_heads_kv = 2: supported is 1"),
     ("cola_vae", {"shared_heads_kv": True}, "shared_heads_kv = True: supported is 1"),
     ("cola_vae", {"layer_norm_type": "rms_norm"}, "layer_norm_type = 'rms_norm'"),
     ("cola_vae", {"use_emb": False}, "use_emb = False"),
     ("cola_vae", {"block_causal": False}, "causal = False, block_causal = False"),
-    ("cola_vae", {"causal": None}, "causal = None: allowed is true or false"),
+    ("cola_vae", {"causal": None}, "causal = None: must be true or false"),
     ("cola_vae", {"num_heads": 3}, "num_heads = 3"),
     ("cola_vae", {"ffn_dim": 23}, "ffn_dim = 23"),
-    ("cola_vae", {"dim": "16"}, "dim = '16': allowed is a whole number of at least 1"),
-    ("cola_vae", {"dim": 16.0}, "dim = 16.0: allowed is a whole number"),
+    ("cola_vae", {"dim": "16"}, "dim = '16': must be a whole number of at least 1"),
+    ("cola_vae", {"dim": 16.0}, "dim = 16.0: must be a whole number"),
     ("cola_vae", {"patch_size": 0}, "patch_size = 0"),
-    ("cola_vae", {"clip_qkv": 0}, "clip_qkv = 0: allowed is null or a positive number"),
+    ("cola_vae", {"clip_qkv": 0}, "clip_qkv = 0: must be null or a positive number"),
     ("cola_vae", {"scaling_factor": float("nan")}, "scaling_factor = nan"),
     ("cola_vae", {"scaling_factor": 0.0}, "scale = 0.0"),
-    ("cola_vae", {"post_norm": 1}, "post_norm = 1: allowed is true or false"),
+    ("cola_vae", {"post_norm": 1}, "post_norm = 1: must be true or false"),
     ("cola_vae", {"residual_scale": 2.0}, "residual_scale = 2.0: not an option that is known here"),
     ("cola_vae", {"model_type": "cola_dit"}, "model_type = 'cola_dit': supported is 'cola_text_vae'"),
     ("cola_dit", {"patch_size": 2}, "patch_size = 2: supported is 1"),
@@ -197,9 +197,9 @@ def test_every_needed_field_is_missed_by_name(part):
 
 def test_parts_must_fit_each_other():
     first, second = options.vae_config(vae()), options.dit_config(dit())
-    with pytest.raises(UserError, match="txt_in_channels = 4: allowed is cola_vae's latent_dim = 6"):
+    with pytest.raises(UserError, match="txt_in_channels = 4: must be cola_vae's latent_dim = 6"):
         options.check_pair(dataclasses.replace(first, latent_dim=6), second)
-    with pytest.raises(UserError, match="block_size = 4: allowed is a multiple of cola_vae's block_size = 3"):
+    with pytest.raises(UserError, match="block_size = 4: must be a multiple of cola_vae's block_size = 3"):
         options.check_pair(dataclasses.replace(first, block_size=3), second)
 
 

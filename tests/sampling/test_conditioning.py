@@ -103,13 +103,13 @@ def test_a_full_edit_forgets_the_span():
 
 BAD = [
     (sampling.infill, [], "texts: none given; at least one is needed"),
-    (sampling.infill, [([1], 0, [2])], "text 0 has a gap of length 0: allowed is at least 1"),
+    (sampling.infill, [([1], 0, [2])], "text 0 has a gap of length 0: must be at least 1"),
     (sampling.infill, [([1], 1, [VOCAB])], f"text 0 has a token outside the vocabulary of {VOCAB}"),
-    (sampling.infill, [([1], 20, [1])], "text 0 has 22 tokens with its gap: allowed are 16 (context)"),
+    (sampling.infill, [([1], 20, [1])], "text 0 has 22 tokens with its gap: must be at most 16 (context)"),
     (sampling.edit, [], "texts: none given; at least one is needed"),
-    (sampling.edit, [([1, 2], 1, 1)], "text 0: span 1:1: allowed is 0 <= start < stop <= 2 (tokens)"),
+    (sampling.edit, [([1, 2], 1, 1)], "text 0: span 1:1: must be 0 <= start < stop <= 2 (tokens)"),
     (sampling.edit, [([1, VOCAB], 0, 1)], f"text 0 has a token outside the vocabulary of {VOCAB}"),
-    (sampling.edit, [([1] * 17, 0, 1)], "text 0 has 17 tokens: allowed are 16 (context)"),
+    (sampling.edit, [([1] * 17, 0, 1)], "text 0 has 17 tokens: must be at most 16 (context)"),
 ]
 
 
@@ -126,5 +126,5 @@ def test_a_bad_text_is_told(function, texts, message):
 
 def test_a_strength_out_of_range_is_told():
     model, params = create()
-    with pytest.raises(UserError, match="strength = 0: allowed is above 0 and at most 1"):
+    with pytest.raises(UserError, match="strength = 0: must be above 0 and at most 1"):
         sampling.edit(model, params, [([1, 2], 0, 1)], SETTINGS, 0, jax.random.key(0))

@@ -345,30 +345,30 @@ def test_the_last_estimate_of_a_stream_is_near_the_end():
 
 
 BAD_SETTINGS = [
-    ({"steps": 0}, "sampling steps = 0: allowed is at least 1"),
-    ({"guidance_scale": -1.0}, "sampling guidance_scale = -1.0: allowed is at least 0"),
-    ({"max_new_tokens": 0}, "sampling max_new_tokens = 0: allowed is at least 1"),
-    ({"temperature": -0.5}, "sampling temperature = -0.5: allowed is at least 0"),
-    ({"repetition_penalty": 0.0}, "sampling repetition_penalty = 0.0: allowed is a positive number"),
-    ({"prior": "ar"}, "sampling prior = 'ar': allowed is one of 'flow', 'normal'"),
-    ({"top_k": -1}, "sampling top_k = -1: allowed is at least 0"),
-    ({"top_p": 0.0}, "sampling top_p = 0.0: allowed is above 0 and at most 1"),
-    ({"time_shift": 0.0}, "sampling time_shift = 0.0: allowed is a positive number"),
-    ({"start_time": 1.5}, "sampling start_time = 1.5: allowed is above 0 and at most 1"),
+    ({"steps": 0}, "sampling steps = 0: must be at least 1"),
+    ({"guidance_scale": -1.0}, "sampling guidance_scale = -1.0: must be at least 0"),
+    ({"max_new_tokens": 0}, "sampling max_new_tokens = 0: must be at least 1"),
+    ({"temperature": -0.5}, "sampling temperature = -0.5: must be at least 0"),
+    ({"repetition_penalty": 0.0}, "sampling repetition_penalty = 0.0: must be a positive number"),
+    ({"prior": "ar"}, "sampling prior = 'ar': must be one of 'flow', 'normal'"),
+    ({"top_k": -1}, "sampling top_k = -1: must be at least 0"),
+    ({"top_p": 0.0}, "sampling top_p = 0.0: must be above 0 and at most 1"),
+    ({"time_shift": 0.0}, "sampling time_shift = 0.0: must be a positive number"),
+    ({"start_time": 1.5}, "sampling start_time = 1.5: must be above 0 and at most 1"),
     (
         {"guidance_interval": (0.5, 0.2)},
-        "sampling guidance_interval = (0.5, 0.2): allowed is two numbers from 0 to 1, the lower first",
+        "sampling guidance_interval = (0.5, 0.2): must be two numbers from 0 to 1, the lower first",
     ),
-    ({"repaint_cycles": 0}, "sampling repaint_cycles = 0: allowed is at least 1"),
-    ({"repaint_fraction": 2.0}, "sampling repaint_fraction = 2.0: allowed is from 0 to 1"),
+    ({"repaint_cycles": 0}, "sampling repaint_cycles = 0: must be at least 1"),
+    ({"repaint_fraction": 2.0}, "sampling repaint_fraction = 2.0: must be from 0 to 1"),
     (
         {"conditioning": "none"},
-        "sampling conditioning = 'none': allowed is one of 'clean', 'repaint', 'left_pad', 'right_pad'",
+        "sampling conditioning = 'none': must be one of 'clean', 'repaint', 'left_pad', 'right_pad'",
     ),
-    ({"rotary_period": 0}, "sampling rotary_period = 0: allowed is None or at least 1"),
+    ({"rotary_period": 0}, "sampling rotary_period = 0: must be None or at least 1"),
     (
         {"conditioning": "repaint", "solver": "tsit5"},
-        "sampling solver = 'tsit5': allowed with 'repaint' is one of ('euler', 'heun')",
+        "sampling solver = 'tsit5': with 'repaint' must be one of ('euler', 'heun')",
     ),
 ]
 
@@ -391,7 +391,7 @@ def test_a_bad_setting_is_told(changes, message):
             "patch1",
             [[1] * 10],
             {"context": 16, "max_new_tokens": 7},
-            "prompt 0 has 10 tokens: allowed are at most 16 (context) minus 7 (max_new_tokens)",
+            "prompt 0 has 10 tokens: must be at most 16 (context) minus 7 (max_new_tokens)",
         ),
     ],
 )
@@ -411,7 +411,7 @@ def test_randomness_needs_a_key(temperature, noise):
 
 def test_noise_and_ids_must_fit_the_prompts():
     model, params = create()
-    with pytest.raises(UserError, match=r"noise has shape \(1, 2, 3, 4\): allowed is \(1, blocks,"):
+    with pytest.raises(UserError, match=r"noise has shape \(1, 2, 3, 4\): must be \(1, blocks,"):
         sampling.generate(model, params, [[1]], Settings(), noise=jnp.zeros((1, 2, 3, 4)))
     with pytest.raises(UserError, match="sample_ids: 2 given"):
         sampling.generate(model, params, [[1]], Settings(), key=jax.random.key(0), sample_ids=[1, 2])

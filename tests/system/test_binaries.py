@@ -92,7 +92,7 @@ def test_sample(run, cache, tmp_path):
     [
         ([""], "prompt 0 is empty"),
         ([], "no prompt"),
-        (["word " * 80], "allowed are at most 56 (context)"),
+        (["word " * 80], "must be at most 56 (context)"),
         (["Mia", "--steps=0"], "steps = 0"),
         (["Mia", "--prompts_file=none.txt"], "none.txt"),
         (["Mia", "--temperature=-1"], "temperature = -1.0"),
@@ -171,7 +171,7 @@ def test_benchmark(cache, tmp_path):
     "arguments, words",
     [
         (["--config.data.corpus=text", "--config.data.files=none.txt"], "none.txt"),
-        (["--config.dit.latent_dim=8"], "config.dit.latent_dim = 8: allowed is vae.latent_dim = 4"),
+        (["--config.dit.latent_dim=8"], "config.dit.latent_dim = 8: must be vae.latent_dim = 4"),
         (["--config.stage2.strategy=all"], "config.stage2.strategy = 'all'"),
     ],
 )

@@ -16,7 +16,7 @@ FLAG = cli.config_flag()
 def main():
     config = cli.read_config(FLAG)
     if config.seed == 1:
-        raise UserError("file x = 1: allowed is 2")
+        raise UserError("file x = 1: must be 2")
     if config.seed == 2:
         raise loop.NonFiniteLoss("stage 1, step 3: loss is nan")
     if config.seed == 3:
@@ -65,7 +65,7 @@ def call(place, *arguments):
         (["--config=good.py", "--config.stage1.steps=-1"], ["config.stage1.steps", "-1", "at least 0"]),
         (["--config=good.py", "--workdirr=3"], ["workdirr"]),
         (["--config=good.py", "extra"], ["'extra'"]),
-        (["--config=good.py", "--config.seed=1"], ["file x = 1: allowed is 2"]),
+        (["--config=good.py", "--config.seed=1"], ["file x = 1: must be 2"]),
     ],
 )
 def test_errors_are_one_line_and_status_2(place, arguments, words):

@@ -211,7 +211,7 @@ def test_runs_from_before_a_field_existed_go_on(whole, tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--workdir = .*file.run: allowed is a directory that can be written"):
+    with pytest.raises(UserError, match="--workdir = .*file.run: must be a directory that can be written"):
         train(tmp_path / "file" / "run")
 
 

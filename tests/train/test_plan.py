@@ -30,7 +30,7 @@ def report(stage, **mesh):
 def test_cluster_names():
     assert plan.parse_cluster("v5e:4x4").count == 16 and plan.parse_cluster("h100:8").shape == (8,)
     for text in ("v5e", "v5e:", "h100:0", "h100:8x", "tpu:8", "h100:-1"):
-        with pytest.raises(UserError, match=f"--plan = {text}: allowed is CHIP:COUNT"):
+        with pytest.raises(UserError, match=f"--plan = {text}: must be CHIP:COUNT"):
             plan.parse_cluster(text)
 
 

@@ -161,12 +161,12 @@ def test_a_killed_process_ends_the_others(cache, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--coordinator=here", "--process_count=2", "--process_id=0"], "--coordinator = here: allowed is host:port"),
+        (["--coordinator=here", "--process_count=2", "--process_id=0"], "--coordinator = here: must be host:port"),
         (["--coordinator=a:1", "--process_count=2"], "--process_id is missing"),
-        (["--coordinator=a:1", "--process_count=2", "--process_id=2"], "--process_id = 2: allowed is a number from 0"),
-        (["--join_timeout=0"], "--join_timeout = 0: allowed is a positive number"),
+        (["--coordinator=a:1", "--process_count=2", "--process_id=2"], "--process_id = 2: must be a number from 0"),
+        (["--join_timeout=0"], "--join_timeout = 0: must be a positive number"),
         (["--mesh=3,1,1"], "config.data.batch_size = 8"),
-        (["--mesh=16,1,1"], "config.train.mesh_* = (16, 1, 1): allowed is a product of at most 8 devices"),
+        (["--mesh=16,1,1"], "config.train.mesh_* = (16, 1, 1): must be a product of at most 8 devices"),
     ],
 )
 def test_bad_flags_are_one_line(cache, tmp_path, flags, words):
