@@ -1,16 +1,12 @@
-"""Every setting of a run, as frozen dataclasses that check themselves.
+"""The settings that every run has, as frozen dataclasses that check themselves.
 
-`configs/*.py` build an `ml_collections.ConfigDict` (so that the command line can override fields);
-`parse` converts it once into a `Config`. An unknown field, a value of the wrong type or an inconsistent
-pair of values raises `UserError` with one line that names the field, the value and what it must be.
+A model family adds groups of its own: its config is a subclass of `Config` (`cola_jax.families`). `configs/*.py` build
+an `ml_collections.ConfigDict`, so that the command line can override fields; `families.parse` converts it once.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
-import ml_collections
-
-from cola_jax.fields import build, require, require_at_least, require_choice, require_fraction
+from cola_jax.fields import require, require_at_least, require_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,155 +76,6 @@ class DataConfig:
             f"a divisor of data.sequence_length = {self.sequence_length}",
         )
         self.stories.validate()
-
-
-ATTENTION_KERNELS = ("auto", "xla", "splash", "splash_interpreted")
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig:
-    """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
-
-    vocab_size: int = 0  # V; 0: the tokenizer's. The embedding has one more row, the mask token
-    dim: int = 64
-    ffn_dim: int = 256  # with activation "swiglu" value and gate together
-    num_heads: int = 4
-    encoder_layers: int = 1
-    decoder_layers: int = 1
-    latent_dim: int = 16  # D
-    patch_size: int = 1  # P
-    block_size: int = 8  # K, for block-causal attention
-    attention: str = "causal"  # causal | block_causal
-    post_norm: bool = True
-    qk_norm: bool = True  # over the whole width, before heads are split
-    qk_norm_affine: bool = True
-    qkv_bias: bool = False
-    bias: bool = True  # of the other linear layers; those that make and undo patches always have one
-    activation: str = "swiglu"  # swiglu | silu | gelu
-    clip_qkv: float | None = None
-    norm_affine: bool = True  # of the norm at the attention; the others always have scale and bias
-    norm_eps: float = 1e-6
-    rope_theta: float = 500_000.0
-    rope_full_precision: bool = True  # False: rotations in the compute type
-    normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
-    variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
-    logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
-    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
-    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
-    shift: float = 0.0  # latents are normalised as (z - shift) * scale
-    scale: float = 1.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    def validate(self) -> None:
-        require_choice("vae", self, "attention", ("causal", "block_causal"))
-        require_choice("vae", self, "attention_kernel", ATTENTION_KERNELS)
-        require_at_least(
-            1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
-        )
-        require_at_least(1, "vae", self, "block_size")
-        require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
-        require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
-        require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
-        require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
-        gated = self.activation == "swiglu"
-        ok = self.ffn_dim >= 2 and self.ffn_dim % 2 == 0 if gated else self.ffn_dim >= 1
-        require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
-        require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
-        if self.logsnr is not None:
-            require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
-            require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Block-causal diffusion transformer (SPEC 2, 9)."""
-
-    latent_dim: int = 16  # D
-    block_size: int = 8  # K
-    dim: int = 128
-    num_heads: int = 4
-    head_dim: int = 32
-    num_layers: int = 3
-    mlp_ratio: int = 4
-    time_dim: int = 128  # width of the time embedding that the modulations read
-    rope_dim: int = 16  # channels of a head that are rotated
-    rope_theta: float = 10_000.0
-    qkv_bias: bool = False
-    norm_eps: float = 1e-5
-    block_position: bool = False  # learned embedding of the index inside the block [ours]
-    no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
-    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
-    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
-    unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
-
-    def validate(self) -> None:
-        require_at_least(
-            1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
-        )
-        require_at_least(1, "dit", self, "time_dim", "unroll")
-        require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
-        require_choice("dit", self, "attention_kernel", ATTENTION_KERNELS)
-        require(
-            0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
-            "dit.rope_dim",
-            self.rope_dim,
-            f"an even number of at most head_dim = {self.head_dim}",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage1Config:
-    """Text VAE alone (3.16)."""
-
-    steps: int = 300
-    kl_weight: float = 1e-3  # beta; the KL is summed over the D channels of a latent
-    mask_weight: float = 0.1  # lambda_mask
-    mask_ratio: float = 0.3  # share of the input tokens that is replaced by the mask token
-    noisy_decoding: float = 0.5  # share of the sequences that is decoded from z_t [ours]
-    noisy_decoding_max_time: float = 0.3  # with t uniform from 0 to this
-
-    def validate(self) -> None:
-        require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
-        require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage2Config:
-    """VAE and DiT together (3.18, SPEC 3 and 4)."""
-
-    steps: int = 1000
-    strategy: str = "fix_vae"  # joint | fix_vae | scratch | interval
-    vae_learning_rate_ratio: float = 1.0
-    interval: int = 0  # strategy "interval": joint steps, then as many with the VAE frozen
-    vae_weight: float = 1.0  # lambda_VAE
-    entropy_weight: float = 1e-3  # beta, on E_q[log q]
-    mask_weight: float = 0.1  # lambda_mask
-    mask_ratio: float = 0.3
-    flow_weight: float = 1.0  # lambda_fm
-    reference_weight: float = 0.01  # lambda_ref
-    encoder_gradient: bool = True  # gradient of the flow-matching loss into the encoder, through z_t and the target
-    time_distribution: str = "logit_normal"  # logit_normal | uniform
-    time_loc: float = 1.0
-    time_scale: float = 1.0
-    time_per: str = "block"  # block | sequence
-    prompt_blocks: float = 0.05  # share of the blocks that keep a random proper prefix clean
-    history_dropout: float = 0.0  # share of the blocks that see no history
-    noise_copies: int = 1  # noisy copies for each clean pass
-
-    def validate(self) -> None:
-        require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
-        require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
-        require_choice("stage2", self, "time_per", ("block", "sequence"))
-        require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
-        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
-        require_at_least(1, "stage2", self, "noise_copies")
-        require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
-        require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
-        if self.strategy == "interval":
-            require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,70 +171,38 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How the run generates its samples and its closing report."""
+    """How the run generates its samples and its closing report; families add what is theirs."""
 
-    steps: int = 16
-    guidance_scale: float = 2.0
     max_new_tokens: int = 64
     temperature: float = 0.0
     repetition_penalty: float = 1.0
-    pad_prompts: bool = False  # fill a prompt's last block with padding that the model sees, as released code does
     report_stories: int = 0  # corpus "stories": generated for the report at the end of the run; 0: no report
 
     def validate(self) -> None:
-        require_at_least(1, "sample", self, "steps", "max_new_tokens")
-        require_at_least(0, "sample", self, "guidance_scale", "temperature", "report_stories")
+        require_at_least(1, "sample", self, "max_new_tokens")
+        require_at_least(0, "sample", self, "temperature", "report_stories")
         require(self.repetition_penalty > 0, "sample.repetition_penalty", self.repetition_penalty, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A run of any family; a family's own config adds the groups of its model and stages."""
 
+    family: str = ""
     seed: int = 0
     data: DataConfig = DataConfig()
-    vae: VAEConfig = VAEConfig()
-    dit: DiTConfig = DiTConfig()
-    stage1: Stage1Config = Stage1Config()
-    stage2: Stage2Config = Stage2Config()
-    optimizer1: OptimizerConfig = OptimizerConfig()
-    optimizer2: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
 
     def validate(self) -> None:
         """Raises UserError for the first field that is out of range or at odds with another."""
         require(self.seed >= 0, "seed", self.seed, "a number of at least 0")
-        for name in ("data", "vae", "dit", "stage1", "stage2", "train", "sample"):
+        for name in ("data", "train", "sample"):
             getattr(self, name).validate()
-        self.optimizer1.validate("optimizer1")
-        self.optimizer2.validate("optimizer2")
-        require(
-            self.dit.latent_dim == self.vae.latent_dim,
-            "dit.latent_dim",
-            self.dit.latent_dim,
-            f"vae.latent_dim = {self.vae.latent_dim}",
-        )
-        tokens_per_block = self.dit.block_size * self.vae.patch_size
-        require(
-            self.data.sequence_length % tokens_per_block == 0,
-            "data.sequence_length",
-            self.data.sequence_length,
-            f"a multiple of dit.block_size * vae.patch_size = {tokens_per_block}",
-        )
-        require(
-            self.vae.attention == "causal" or self.dit.block_size % self.vae.block_size == 0,
-            "vae.block_size",
-            self.vae.block_size,
-            f"a divisor of dit.block_size = {self.dit.block_size}",
-        )
-        require(
-            self.data.align % self.vae.patch_size == 0,
-            "data.align",
-            self.data.align,
-            f"a multiple of vae.patch_size = {self.vae.patch_size}",
-        )
-        for name in ("optimizer1", "optimizer2"):
+
+    def validate_accumulation(self, *optimizers: str) -> None:
+        """Raises UserError unless the microbatches of these optimizer groups divide the batch."""
+        for name in optimizers:
             accumulation = getattr(self, name).accumulation
             require(
                 self.data.batch_size % accumulation == 0,
@@ -395,44 +210,8 @@ class Config:
                 accumulation,
                 f"a divisor of data.batch_size = {self.data.batch_size}",
             )
-        self._validate_strategy()
-
-    def _validate_strategy(self) -> None:
-        strategy, pretrained = self.stage2.strategy, self.stage1.steps > 0 or bool(self.train.init_from)
-        if self.stage2.steps and strategy in ("joint", "fix_vae"):
-            require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
-        if strategy == "scratch":
-            require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
-            allowed = "'' (stage2.strategy = 'scratch')"
-            require(not self.train.init_from, "train.init_from", self.train.init_from, allowed)
-        if not pretrained and strategy in ("scratch", "interval"):
-            weight = self.stage2.reference_weight
-            require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
-        require(
-            not self.stage2.history_dropout or self.dit.no_history_vector,
-            "dit.no_history_vector",
-            False,
-            "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)",
-        )
-
-
-def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
-    """A validated `Config` from a ConfigDict or any nested mapping; absent fields keep their defaults.
-
-    Raises:
-      UserError: an unknown field, a wrong type, an inconsistent value.
-    """
-    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
-    config = build(Config, plain)
-    config.validate()
-    return config
 
 
 def to_dict(config) -> dict:
     """The nested plain dict of a config dataclass, as JSON can hold it."""
     return dataclasses.asdict(config)
-
-
-def default() -> dict:
-    """Every field with its default, as a nested dict: what `configs/*.py` start from."""
-    return to_dict(Config())

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from cola_jax import config as configs
+from cola_jax import families
 from cola_jax.types import UserError
 
 
@@ -22,15 +23,15 @@ def merged(*parts: dict) -> dict:
 
 
 def test_defaults_survive_a_round_trip():
-    assert configs.parse(configs.to_dict(configs.Config())) == configs.Config()
+    assert families.parse(configs.to_dict(families.cola.ColaConfig())) == families.cola.ColaConfig()
 
 
 def test_a_config_dict_and_a_plain_dict_give_the_same():
     values = {"seed": 3, "vae": {"logsnr": 1.5}, "data": {"stories": {"min_sentences": 2}}}
-    parsed = configs.parse(values)
-    assert parsed == configs.parse(ml_collections.ConfigDict(values))
+    parsed = families.parse(values)
+    assert parsed == families.parse(ml_collections.ConfigDict(values))
     assert (parsed.seed, parsed.vae.logsnr, parsed.data.stories.min_sentences) == (3, 1.5, 2)
-    assert configs.parse(configs.to_dict(parsed)) == parsed
+    assert families.parse(configs.to_dict(parsed)) == parsed
 
 
 def test_default_lists_every_field():
@@ -43,13 +44,13 @@ def test_default_lists_every_field():
     def names_of(values):
         return {name: names_of(value) if isinstance(value, dict) else None for name, value in values.items()}
 
-    assert names_of(configs.default()) == names(configs.Config)
+    assert names_of(families.default()) == names(families.cola.ColaConfig)
 
 
 def test_an_integer_is_a_float_but_not_the_other_way_round():
-    assert isinstance(configs.parse(nested("optimizer1.learning_rate", 1)).optimizer1.learning_rate, float)
+    assert isinstance(families.parse(nested("optimizer1.learning_rate", 1)).optimizer1.learning_rate, float)
     with pytest.raises(UserError, match="type int"):
-        configs.parse(nested("stage1.steps", 10.0))
+        families.parse(nested("stage1.steps", 10.0))
 
 
 # field, value, part of what is allowed, and other fields that the value is at odds with.
@@ -136,7 +137,7 @@ INVALID = [
 @pytest.mark.parametrize(("field", "value", "allowed", "others"), INVALID, ids=lambda x: str(x) if x else "-")
 def test_an_invalid_value_is_told_in_one_line(field, value, allowed, others):
     with pytest.raises(UserError) as error:
-        configs.parse(merged(others, nested(field, value)))
+        families.parse(merged(others, nested(field, value)))
     message = str(error.value)
     assert message.startswith(f"config.{field} = {value!r}")
     assert allowed in message.partition(": must be ")[2]
@@ -145,7 +146,7 @@ def test_an_invalid_value_is_told_in_one_line(field, value, allowed, others):
 
 def test_only_one_mesh_axis_takes_what_is_left():
     with pytest.raises(UserError, match=r"train\.mesh_\* = \(0, 0, 1\): must be at most one axis of 0"):
-        configs.parse({"train": {"mesh_data": 0, "mesh_fsdp": 0}})
+        families.parse({"train": {"mesh_data": 0, "mesh_fsdp": 0}})
 
 
 @pytest.mark.parametrize(
@@ -163,14 +164,14 @@ def test_only_one_mesh_axis_takes_what_is_left():
 )
 def test_a_value_of_the_wrong_type_is_told(field, value, kind):
     with pytest.raises(UserError) as error:
-        configs.parse(nested(field, value))
+        families.parse(nested(field, value))
     assert str(error.value) == f"config.{field} = {value!r}: must be a value of type {kind}"
 
 
 @pytest.mark.parametrize("field", ["sede", "vae.vocabulary", "data.stories.length"])
 def test_an_unknown_field_is_told_with_those_that_exist(field):
     with pytest.raises(UserError) as error:
-        configs.parse(nested(field, 1))
+        families.parse(nested(field, 1))
     message = str(error.value)
     assert message.startswith(f"config.{field}: no such field; the fields are ")
     siblings = {"sede": "seed", "vae.vocabulary": "vocab_size", "data.stories.length": "max_sentences"}
@@ -179,7 +180,7 @@ def test_an_unknown_field_is_told_with_those_that_exist(field):
 
 def test_a_group_needs_fields():
     with pytest.raises(UserError, match="config.vae = 3: must be a group of fields"):
-        configs.parse({"vae": 3})
+        families.parse({"vae": 3})
 
 
 @pytest.mark.parametrize(
@@ -196,4 +197,4 @@ def test_a_group_needs_fields():
     ],
 )
 def test_a_valid_combination_passes(values):
-    configs.parse(values)
+    families.parse(values)

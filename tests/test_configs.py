@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cola_jax import config as configs
-from cola_jax import rng
+from cola_jax import families, rng
 from cola_jax.models import cola
 from cola_jax.objectives import stage1, stage2
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
 
 
-def load(name: str) -> configs.Config:
-    return configs.parse(importlib.import_module(f"configs.{name}").get_config())
+def load(name: str) -> families.cola.ColaConfig:
+    return families.parse(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,8 +30,8 @@ def test_config_passes_eval_shape(name):
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key, row)
     keys = jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(2)))
-    first = jax.eval_shape(lambda p, b, k: stage1.terms(model, config, p, b, k), params, batch, keys)
-    second = jax.eval_shape(lambda p, b, k: stage2.terms(model, config, p, b, k, p), params, batch, keys)
+    first = jax.eval_shape(lambda p, b, k: stage1.terms(model, config.stage1, p, b, k), params, batch, keys)
+    second = jax.eval_shape(lambda p, b, k: stage2.terms(model, config.stage2, p, b, k, p), params, batch, keys)
     for terms in (first, second):
         for term in terms.values():
             assert term.value.shape == term.weight.shape == (2,) and term.value.dtype == jnp.float32

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from cola_jax import config as configs
-from cola_jax import sharding
+from cola_jax import families, sharding
 from cola_jax.config import MESH_AXES, AxesConfig, TrainConfig
 from cola_jax.train import setup
 from cola_jax.train import state as states
@@ -90,7 +89,7 @@ def test_rules_of_a_config():
 )
 def test_rules_that_cannot_be(axes, message):
     with pytest.raises(UserError, match=message):
-        configs.parse({"train": {"axes": axes}})
+        families.parse({"train": {"axes": axes}})
 
 
 def test_unknown_name_is_an_error():
@@ -176,7 +175,7 @@ def test_slices_and_nodes_are_crossed_by_one_axis(platform, sizes, axis):
 
 def test_every_parameter_of_the_full_size_lies_where_it_should():
     """The golden file has the partition of each parameter and of its moments on data 2 x fsdp 4 x tensor 2."""
-    config = configs.parse(importlib.import_module("configs.paper_2b").get_config())
+    config = families.parse(importlib.import_module("configs.paper_2b").get_config())
     mesh = AbstractMesh((2, 4, 2), MESH_AXES)
     made = setup.model(config)
     target = states.abstract(setup.stage(config, 2, made.init).make, mesh)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax import rng, sampling, sharding
-from cola_jax.config import Config, DiTConfig
 from cola_jax.models import cola
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit import DiTConfig
 from cola_jax.sampling.blocks import Plan
 from cola_jax.train import metrics, setup, state, step
 from cola_jax.types import Params

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax import likelihood, rng
-from cola_jax.config import DiTConfig, VAEConfig
 from cola_jax.data import corpora, packing
 from cola_jax.data.stories import Stories
 from cola_jax.evaluation.stories import Proportion
 from cola_jax.likelihood import Settings, density, rows, weights
 from cola_jax.models import cola
+from cola_jax.models.dit import DiTConfig
+from cola_jax.models.text_vae import VAEConfig
 from cola_jax.types import UserError
 
 

@@ -1,5 +1,6 @@
 """Block-causal diffusion transformer: the velocity of noisy latent blocks given clean earlier ones (SPEC 2, 9)."""
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,12 +9,62 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
-from cola_jax.config import DiTConfig
+from cola_jax.fields import require, require_at_least, require_choice
 from cola_jax.nn import attention, embeddings
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Block-causal diffusion transformer (SPEC 2, 9)."""
+
+    latent_dim: int = 16  # D
+    block_size: int = 8  # K
+    dim: int = 128
+    num_heads: int = 4
+    head_dim: int = 32
+    num_layers: int = 3
+    mlp_ratio: int = 4
+    time_dim: int = 128  # width of the time embedding that the modulations read
+    rope_dim: int = 16  # channels of a head that are rotated
+    rope_theta: float = 10_000.0
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5
+    block_position: bool = False  # learned embedding of the index inside the block [ours]
+    no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
+    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
+    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
+    unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
+
+    def validate(self) -> None:
+        require_at_least(
+            1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
+        )
+        require_at_least(1, "dit", self, "time_dim", "unroll")
+        require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
+        require_choice("dit", self, "attention_kernel", attention.KERNELS)
+        require(
+            0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
+            "dit.rope_dim",
+            self.rope_dim,
+            f"an even number of at most head_dim = {self.head_dim}",
+        )
+
+
+def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:
+    """Forward FLOPs per latent of a row that has ``copies`` copies of ``latents`` latents, at ``times`` distinct times.
+
+    2 for each weight that a position passes through, and causal attention over half of the pairs; modulations are
+    computed once for each distinct time of a row.
+    """
+    width = config.num_heads * config.head_dim
+    layer = 2 * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2) + 2 * latents * width
+    passes = copies * (config.num_layers * layer + 2 * 2 * config.latent_dim * config.dim)
+    modulation = times / latents * config.num_layers * 2 * 6 * config.dim * config.time_dim
+    return passes + modulation
 
 
 class _Context(NamedTuple):

@@ -1,5 +1,6 @@
 """Text VAE: tokens to a diagonal Gaussian over latents, and latents to logits (SPEC 2, 9)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,10 +11,68 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
-from cola_jax.config import VAEConfig
+from cola_jax.fields import require, require_at_least, require_choice
 from cola_jax.nn import attention, embeddings, masks
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
 from cola_jax.types import Posterior
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
+
+    vocab_size: int = 0  # V; 0: the tokenizer's. The embedding has one more row, the mask token
+    dim: int = 64
+    ffn_dim: int = 256  # with activation "swiglu" value and gate together
+    num_heads: int = 4
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    latent_dim: int = 16  # D
+    patch_size: int = 1  # P
+    block_size: int = 8  # K, for block-causal attention
+    attention: str = "causal"  # causal | block_causal
+    post_norm: bool = True
+    qk_norm: bool = True  # over the whole width, before heads are split
+    qk_norm_affine: bool = True
+    qkv_bias: bool = False
+    bias: bool = True  # of the other linear layers; those that make and undo patches always have one
+    activation: str = "swiglu"  # swiglu | silu | gelu
+    clip_qkv: float | None = None
+    norm_affine: bool = True  # of the norm at the attention; the others always have scale and bias
+    norm_eps: float = 1e-6
+    rope_theta: float = 500_000.0
+    rope_full_precision: bool = True  # False: rotations in the compute type
+    normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
+    variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
+    logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
+    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
+    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
+    shift: float = 0.0  # latents are normalised as (z - shift) * scale
+    scale: float = 1.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def validate(self) -> None:
+        require_choice("vae", self, "attention", ("causal", "block_causal"))
+        require_choice("vae", self, "attention_kernel", attention.KERNELS)
+        require_at_least(
+            1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
+        )
+        require_at_least(1, "vae", self, "block_size")
+        require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
+        require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
+        require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
+        require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
+        gated = self.activation == "swiglu"
+        ok = self.ffn_dim >= 2 and self.ffn_dim % 2 == 0 if gated else self.ffn_dim >= 1
+        require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
+        require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
+        if self.logsnr is not None:
+            require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
+            require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
+
 
 # What a deterministic autoencoder reports as its log-variance: the smallest that the variance head can give.
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
@@ -21,6 +80,21 @@ MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 KV = tuple[Array, Array]
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False)}
+
+
+def forward_flops(config: VAEConfig, latents: int) -> tuple[float, float, float]:
+    """Forward FLOPs per token of encoder, decoder without its head, and head, for rows of ``latents`` latents.
+
+    2 for each weight that a position passes through, and causal attention over half of the pairs.
+    """
+    hidden = config.ffn_dim // 2 if config.activation == "swiglu" else config.ffn_dim
+    mlp = config.dim * (config.ffn_dim + hidden)
+    layer = 2 * (4 * config.dim**2 + mlp) + 2 * latents * config.dim
+    outputs = 2 if config.variational and config.logsnr is None else 1
+    patch = 2 * config.patch_size * config.dim**2
+    encoder = config.encoder_layers * layer + patch + 2 * config.dim * outputs * config.latent_dim
+    decoder = config.decoder_layers * layer + 2 * config.latent_dim * config.dim + patch
+    return encoder / config.patch_size, decoder / config.patch_size, 2.0 * config.dim * config.vocab_size
 
 
 class _Context(NamedTuple):

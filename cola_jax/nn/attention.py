@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.nn import masks
 
+KERNELS = ("auto", "xla", "splash", "splash_interpreted")
 _MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
@@ -29,7 +30,7 @@ class Layout:
       length: positions N of a copy. Only the clean copy of a row without noisy ones may end inside a block.
       block_size: positions of a block.
       segment_ids: document of each position of the row; None: all are of one.
-      kernel: one of `config.ATTENTION_KERNELS` (see `choose_kernel`).
+      kernel: one of `KERNELS` (see `choose_kernel`).
     """
 
     length: int = flax.struct.field(pytree_node=False)

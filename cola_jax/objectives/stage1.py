@@ -1,20 +1,39 @@
 """Stage 1: the Text VAE alone (3.16)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from cola_jax import rng
-from cola_jax.config import Config
+from cola_jax.fields import require_at_least, require_fraction
 from cola_jax.flow import path
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
 
 
-def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:
+@dataclasses.dataclass(frozen=True)
+class Stage1Config:
+    """Text VAE alone (3.16)."""
+
+    steps: int = 300
+    kl_weight: float = 1e-3  # beta; the KL is summed over the D channels of a latent
+    mask_weight: float = 0.1  # lambda_mask
+    mask_ratio: float = 0.3  # share of the input tokens that is replaced by the mask token
+    noisy_decoding: float = 0.5  # share of the sequences that is decoded from z_t [ours]
+    noisy_decoding_max_time: float = 0.3  # with t uniform from 0 to this
+
+    def validate(self) -> None:
+        require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
+        require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
+
+
+def terms(model, stage: Stage1Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:
     """``recon + beta KL(q || N(0, I)) + lambda_mask L_mask``.
 
     Args:
       model: a `ColaDLM`; only its VAE is used.
+      stage: weights and ratios.
       params: variables that hold at least the VAE's.
       batch: tokens, segment_ids [B, T]; segment 0 is padding and counts nowhere.
       keys: [B].
@@ -22,7 +41,6 @@ def terms(model, config: Config, params: Params, batch: dict, keys: Key) -> dict
     Returns:
       Terms per example. Reconstruction is per token, the KL per latent (summed over its channels).
     """
-    stage = config.stage1
     draw_keys, noise_keys, mask_keys = rng.split(keys, 3)
     segments = common.latent_segments(batch, model.vae_config.patch_size)
     tokens, real = batch["tokens"], (batch["segment_ids"] > 0).astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Stage 2: flow matching of the prior, with the VAE frozen or trained along (3.18)."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,19 +8,56 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cola_jax import rng
-from cola_jax.config import Config, Stage2Config
+from cola_jax.fields import require, require_at_least, require_choice, require_fraction
 from cola_jax.flow import path, schedule
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage2Config:
+    """VAE and DiT together (3.18, SPEC 3 and 4)."""
+
+    steps: int = 1000
+    strategy: str = "fix_vae"  # joint | fix_vae | scratch | interval
+    vae_learning_rate_ratio: float = 1.0
+    interval: int = 0  # strategy "interval": joint steps, then as many with the VAE frozen
+    vae_weight: float = 1.0  # lambda_VAE
+    entropy_weight: float = 1e-3  # beta, on E_q[log q]
+    mask_weight: float = 0.1  # lambda_mask
+    mask_ratio: float = 0.3
+    flow_weight: float = 1.0  # lambda_fm
+    reference_weight: float = 0.01  # lambda_ref
+    encoder_gradient: bool = True  # gradient of the flow-matching loss into the encoder, through z_t and the target
+    time_distribution: str = "logit_normal"  # logit_normal | uniform
+    time_loc: float = 1.0
+    time_scale: float = 1.0
+    time_per: str = "block"  # block | sequence
+    prompt_blocks: float = 0.05  # share of the blocks that keep a random proper prefix clean
+    history_dropout: float = 0.0  # share of the blocks that see no history
+    noise_copies: int = 1  # noisy copies for each clean pass
+
+    def validate(self) -> None:
+        require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
+        require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
+        require_choice("stage2", self, "time_per", ("block", "sequence"))
+        require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
+        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
+        require_at_least(1, "stage2", self, "noise_copies")
+        require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
+        require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
+        if self.strategy == "interval":
+            require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
+
+
 def terms(
-    model, config: Config, params: Params, batch: dict, keys: Key, reference: Params | None = None
+    model, stage: Stage2Config, params: Params, batch: dict, keys: Key, reference: Params | None = None
 ) -> dict[str, Term]:
     """``lambda_VAE (recon + beta E_q[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)``.
 
     Args:
       model: a `ColaDLM`.
+      stage: weights, strategy, times.
       params: variables of VAE and DiT.
       batch: tokens, segment_ids [B, T]; segment 0 is padding and counts nowhere.
       keys: [B].
@@ -28,7 +66,6 @@ def terms(
     Returns:
       Terms per example; L_FM is a mean over latent elements. With strategy "fix_vae" only L_FM.
     """
-    stage = config.stage2
     draw_keys, flow_keys, mask_keys = rng.split(keys, 3)
     segments = common.latent_segments(batch, model.vae_config.patch_size)
     latents = (segments > 0).astype(jnp.float32)

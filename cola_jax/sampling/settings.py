@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from cola_jax.flow import solve
 from cola_jax.types import UserError
 
@@ -64,6 +66,17 @@ class Settings:
     context: int | None = None
     prior: str = "flow"
     rotary_period: int | None = None
+
+    @property
+    def times(self) -> np.ndarray:
+        """The grid of flow times, ``steps + 1`` of them."""
+        return solve.time_grid(self.steps, self.time_shift, self.start_time)
+
+    @property
+    def guided(self) -> list[bool]:
+        """For each step, whether the unconditional branch is needed."""
+        low, high = self.guidance_interval
+        return [self.guidance_scale != 1.0 and bool(low <= t <= high) for t in self.times[:-1]]
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

@@ -37,13 +37,11 @@ class Plan(NamedTuple):
 
     @property
     def times(self) -> np.ndarray:
-        return solve.time_grid(self.settings.steps, self.settings.time_shift, self.settings.start_time)
+        return self.settings.times
 
     @property
     def guided(self) -> list[bool]:
-        """For each step, whether the unconditional branch is needed."""
-        low, high = self.settings.guidance_interval
-        return [self.settings.guidance_scale != 1.0 and bool(low <= t <= high) for t in self.times[:-1]]
+        return self.settings.guided
 
 
 def rows_at(x: Array, index: Array) -> Array:

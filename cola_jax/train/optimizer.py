@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cola_jax.config import OptimizerConfig, Stage2Config
+from cola_jax.config import OptimizerConfig
+from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.types import Params, PyTree
 
 # Names of the parameters that weight decay applies to: kernels of linear maps, token embeddings.

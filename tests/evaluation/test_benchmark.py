@@ -4,9 +4,9 @@ import pytest
 from models.tiny_models import BLOCK, dit_config, vae_config
 
 from cola_jax import config as configs
-from cola_jax import sampling
-from cola_jax.config import DiTConfig
+from cola_jax import families, sampling
 from cola_jax.evaluation import benchmark
+from cola_jax.models.dit import DiTConfig
 
 
 def test_flops_of_a_new_token():
@@ -24,7 +24,7 @@ def test_flops_of_a_new_token():
 def test_a_row(what, monkeypatch):
     monkeypatch.setattr(benchmark, "matmul", lambda dtype, size, repeats: (lambda: 0, 1e6))
     data = configs.DataConfig(sequence_length=2 * BLOCK, vocab_size=300)
-    config = configs.Config(data=data, vae=vae_config(), dit=dit_config())
+    config = families.cola.ColaConfig(data=data, vae=vae_config(), dit=dit_config())
     if what == "generation":
         settings = sampling.Settings(steps=1, max_new_tokens=3)
         row = benchmark.generation(config, "float32", 2, 5, settings, 1)

@@ -13,7 +13,7 @@ from models.tiny_models import quickly
 from safetensors.numpy import load_file, save_file
 
 from cola_jax import config as configs
-from cola_jax import release, rng, sampling, sharding
+from cola_jax import families, release, rng, sampling, sharding
 from cola_jax.evaluation import conversion, trained
 from cola_jax.released import files
 from cola_jax.train import checkpoint, loop, verified
@@ -114,7 +114,7 @@ def test_parameters_are_verified(run, tmp_path):
 
 def test_a_run_of_another_config_does_not_take_its_directory(run):
     with pytest.raises(UserError, match="with another config .*tokenizer: 'huggingface' -> 'sentencepiece'"):
-        loop.claim_workdir(configs.Config(), run)
+        loop.claim_workdir(families.cola.ColaConfig(), run)
 
 
 def test_type_of_the_tensors(run, tmp_path):

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import pytest
 from models.tiny_models import abstract
 
-from cola_jax import config as configs
-from cola_jax import rng
+from cola_jax import families, rng
 from cola_jax.evaluation import benchmark
 from cola_jax.models import cola
 from cola_jax.objectives import stage2
-from cola_jax.train import metrics
 from configs import benchmark as benchmark_config
 from configs import paper_2b
 
 
-def per_token(config: configs.Config) -> float:
+def per_token(config: families.cola.ColaConfig) -> float:
     """FLOPs of the gradient of stage 2 for each token of a batch."""
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, remat="none"))
     model = cola.create(config.vae, config.dit, config.train.compute_dtype)
@@ -32,7 +30,7 @@ def per_token(config: configs.Config) -> float:
         merged = {"params": params["params"] | active}
         reference = params if "vae" in trained else None
         batch = {"tokens": tokens, "segment_ids": segments}
-        terms = stage2.terms(model, config, merged, batch, keys, reference).values()
+        terms = stage2.terms(model, config.stage2, merged, batch, keys, reference).values()
         return sum(term.coefficient * jnp.sum(term.value) for term in terms if term.coefficient)
 
     active = {name: params["params"][name] for name in trained}
@@ -41,14 +39,14 @@ def per_token(config: configs.Config) -> float:
 
 def test_a_joint_step_of_the_full_model_costs_what_the_cost_model_says():
     """19.0 GFLOP a token."""
-    config = configs.parse(paper_2b.get_config())
+    config = families.parse(paper_2b.get_config())
     assert per_token(config) == pytest.approx(19.0e9, rel=0.1)
-    assert per_token(config) == pytest.approx(metrics.flops_per_token(config, 2), rel=0.1)
+    assert per_token(config) == pytest.approx(families.cola.flops_per_token(config, 2), rel=0.1)
 
 
 def test_a_step_of_the_benchmark_costs_what_its_share_of_matmul_is_computed_from():
-    config = configs.parse(benchmark_config.get_config())
-    assert per_token(config) == pytest.approx(metrics.flops_per_token(config, 2), rel=0.1)
+    config = families.parse(benchmark_config.get_config())
+    assert per_token(config) == pytest.approx(families.cola.flops_per_token(config, 2), rel=0.1)
 
 
 def test_the_count_is_the_compiler_s_and_loops_count_as_often_as_they_run():

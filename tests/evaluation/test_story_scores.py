@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from cola_jax import sampling
-from cola_jax.config import Config, DataConfig, DiTConfig, StoriesConfig, VAEConfig
+from cola_jax.config import DataConfig, StoriesConfig
 from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
 from cola_jax.data.tokenizers import ByteTokenizer
 from cola_jax.evaluation import stories as evaluation
+from cola_jax.families.cola import ColaConfig
 from cola_jax.models import cola
+from cola_jax.models.dit import DiTConfig
+from cola_jax.models.text_vae import VAEConfig
 from cola_jax.sampling import Settings
 
 
@@ -83,7 +86,7 @@ STORIES = Stories(DATA.stories)
 
 def run_of(model=None, params=None):
     """As `trained.Trained`, where only some of it is needed."""
-    return SimpleNamespace(config=Config(data=DATA), tokenizer=_Words(), model=model, params=params)
+    return SimpleNamespace(config=ColaConfig(data=DATA), tokenizer=_Words(), model=model, params=params)
 
 
 def test_held_out_prompts_are_first_sentences():

@@ -6,8 +6,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from cola_jax.config import DiTConfig, VAEConfig
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit import DiTConfig
+from cola_jax.models.text_vae import VAEConfig
 from cola_jax.types import Posterior
 
 VOCAB, SLOPE, SPREAD = 3, 0.6, 0.7

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from models.tiny_models import assert_close, jit, normal
 
-from cola_jax.config import DiTConfig, VAEConfig
 from cola_jax.models import cola
+from cola_jax.models.dit import DiTConfig
+from cola_jax.models.text_vae import VAEConfig
 from cola_jax.nn import attention, splash
 
 HEADS, CHANNELS, BATCH = 2, 4, 2

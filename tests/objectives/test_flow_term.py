@@ -9,8 +9,8 @@ import pytest
 from models.tiny_models import BLOCK, assert_close, dit_config, normal
 
 from cola_jax import rng
-from cola_jax.config import Stage2Config
 from cola_jax.objectives import stage2
+from cola_jax.objectives.stage2 import Stage2Config
 
 BATCH, LENGTH, BLOCKS, CHANNELS = 8, 12, 3, 4
 Z = normal(BATCH, LENGTH, CHANNELS, seed=1)

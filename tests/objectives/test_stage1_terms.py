@@ -7,8 +7,8 @@ import numpy as np
 from models.tiny_models import VOCAB, apply, assert_close, create, jit, tokens
 
 from cola_jax import rng
-from cola_jax.config import Config, Stage1Config
 from cola_jax.objectives import common, stage1
+from cola_jax.objectives.stage1 import Stage1Config
 
 SEGMENTS = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3, [1] * 2 + [0] * 10])
 BATCH = {"tokens": tokens(3, 12), "segment_ids": SEGMENTS}
@@ -23,8 +23,7 @@ HALF_NOISY = dataclasses.replace(PLAIN, noisy_decoding=0.5)
 @functools.cache
 def compiled(stage, variational):
     model, _ = create({"variational": variational, "shift": 0.5, "scale": 2.0})
-    config = dataclasses.replace(Config(), stage1=stage)
-    return jit(lambda params, batch, keys: stage1.terms(model, config, params, batch, keys))
+    return jit(lambda params, batch, keys: stage1.terms(model, stage, params, batch, keys))
 
 
 def terms(stage=PLAIN, variational=True, batch=BATCH, keys=KEYS):
@@ -82,8 +81,7 @@ def test_the_share_of_masked_tokens_is_the_ratio():
 def test_no_mask_weight_is_no_mask_term():
     stage = dataclasses.replace(PLAIN, mask_weight=0.0)
     model, params = create()
-    config = dataclasses.replace(Config(), stage1=stage)
-    shapes = jax.eval_shape(functools.partial(stage1.terms, model, config), params, BATCH, KEYS)
+    shapes = jax.eval_shape(functools.partial(stage1.terms, model, stage), params, BATCH, KEYS)
     assert set(shapes) == {"reconstruction", "kl", "accuracy", "latent_signal", "latent_noise"}
 
 
@@ -124,7 +122,7 @@ def test_padding_inside_a_patch_is_reconstructed():
     np.testing.assert_array_equal(common.reconstructed(batch, 2), [[1, 1, 1, 1, 1, 1, 0, 0]])
     np.testing.assert_array_equal(common.reconstructed(batch, 1), batch["segment_ids"])
     model, params = create({"patch_size": 2})
-    config = dataclasses.replace(Config(), stage1=PLAIN)
-    run = jit(lambda batch: stage1.terms(model, config, params, batch, KEYS[:1])["reconstruction"].value[0])
+    stage = PLAIN
+    run = jit(lambda batch: stage1.terms(model, stage, params, batch, KEYS[:1])["reconstruction"].value[0])
     first, filling = (batch | {"tokens": batch["tokens"].at[0, i].set(9)} for i in (0, 7))
     assert float(run(batch)) != float(run(first)) and float(run(batch)) == float(run(filling))

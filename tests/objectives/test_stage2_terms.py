@@ -8,8 +8,8 @@ import pytest
 from models.tiny_models import VOCAB, create, jit, parameters, tokens
 
 from cola_jax import rng
-from cola_jax.config import Config, Stage2Config
 from cola_jax.objectives import stage2
+from cola_jax.objectives.stage2 import Stage2Config
 
 SEGMENTS = jnp.array([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3, [1] * 2 + [0] * 10])
 BATCH = {"tokens": tokens(3, 12), "segment_ids": SEGMENTS}
@@ -24,8 +24,7 @@ OPTIONS = {"no_history_vector": True}
 @functools.cache
 def compiled(stage):
     model, _ = create(dit=OPTIONS)
-    config = dataclasses.replace(Config(), stage2=stage)
-    return jit(lambda params, batch, keys, reference: stage2.terms(model, config, params, batch, keys, reference))
+    return jit(lambda params, batch, keys, reference: stage2.terms(model, stage, params, batch, keys, reference))
 
 
 @functools.cache
@@ -91,8 +90,7 @@ def test_the_kl_to_an_equal_reference_is_zero():
 
 def shapes(stage, reference):
     model, params = create(dit=OPTIONS)
-    config = dataclasses.replace(Config(), stage2=stage)
-    return jax.eval_shape(functools.partial(stage2.terms, model, config), params, BATCH, KEYS, reference)
+    return jax.eval_shape(functools.partial(stage2.terms, model, stage), params, BATCH, KEYS, reference)
 
 
 def test_which_terms_a_strategy_has():
@@ -110,10 +108,9 @@ def test_flow_matching_reaches_the_encoder_only_where_told(encoder_gradient):
     """By the flow term alone: never the decoder, always the DiT."""
     model, params = create(dit=OPTIONS)
     stage = Stage2Config(strategy="joint", encoder_gradient=encoder_gradient, mask_weight=0.0, prompt_blocks=0.0)
-    config = dataclasses.replace(Config(), stage2=stage)
 
     def loss(vae, dit):
-        return jnp.sum(stage2.terms(model, config, {"params": {"vae": vae, "dit": dit}}, BATCH, KEYS)["flow"].value)
+        return jnp.sum(stage2.terms(model, stage, {"params": {"vae": vae, "dit": dit}}, BATCH, KEYS)["flow"].value)
 
     parts = (0, 1) if encoder_gradient else (0,)
     vae, *dit = jit(jax.grad(loss, argnums=parts))(params["params"]["vae"], params["params"]["dit"])

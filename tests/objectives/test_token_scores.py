@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from models.tiny_models import VOCAB, abstract, apply, assert_close, assert_trees_close, create, jit, normal, tokens
 
-from cola_jax import config as configs
-from cola_jax import rng
+from cola_jax import families, rng
 from cola_jax.models import cola
 from cola_jax.objectives import common, stage1, stage2
 from configs import paper_2b
@@ -62,7 +61,8 @@ def largest_logits(model, config, terms, batch: int, length: int) -> int:
 
     def loss(params, tokens, segments, keys, reference):
         extra = (reference,) if terms is stage2.terms else ()
-        found = terms(model, config, params, {"tokens": tokens, "segment_ids": segments}, keys, *extra)
+        stage = config.stage2 if terms is stage2.terms else config.stage1
+        found = terms(model, stage, params, {"tokens": tokens, "segment_ids": segments}, keys, *extra)
         return sum(jnp.sum(term.value) for term in found.values())
 
     keys = jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(batch)))
@@ -72,7 +72,7 @@ def largest_logits(model, config, terms, batch: int, length: int) -> int:
     return max(size for shape in arrays(jaxpr) if vocab in shape and (size := math.prod(shape)) not in own)
 
 
-JOINT = dataclasses.replace(configs.Config(), stage2=configs.Stage2Config(strategy="joint"))
+JOINT = dataclasses.replace(families.cola.ColaConfig(), stage2=stage2.Stage2Config(strategy="joint"))
 
 
 @pytest.mark.parametrize("terms", [stage1.terms, stage2.terms], ids=["stage1", "stage2"])
@@ -84,7 +84,7 @@ def test_logits_of_a_whole_batch_never_exist(terms):
 
 
 def test_logits_of_a_whole_batch_never_exist_at_full_size():
-    config = configs.parse(paper_2b.get_config())
+    config = families.parse(paper_2b.get_config())
     model = cola.create(config.vae, config.dit, config.train.compute_dtype)
     chunk, vocab = config.vae.logit_chunk, config.vae.vocab_size
     assert largest_logits(model, config, stage2.terms, 4, 512) == 4 * chunk * vocab < 4 * 512 * vocab

@@ -4,7 +4,7 @@ import math
 import pytest
 import toy_model
 
-from cola_jax import config as configs
+from cola_jax import families
 from cola_jax.train import metrics
 
 
@@ -94,7 +94,7 @@ def test_flops_of_the_real_size():
         },
         "stage2": {"strategy": "joint", "reference_weight": 0.01},
     }
-    config = configs.parse(values)
+    config = families.parse(values)
     assert metrics.flops_per_token(config, 1) / 1e9 == pytest.approx(2.1 + 1.5, rel=0.05)
     assert metrics.flops_per_token(config, 2) / 1e9 == pytest.approx(19.0, rel=0.03)
 

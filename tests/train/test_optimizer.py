@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_step import OPTIMIZER, build, run, same_bits, values
 
-from cola_jax.config import OptimizerConfig, Stage2Config
+from cola_jax.config import OptimizerConfig
+from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.train import optimizer as optimizers
 
 CONFIG = OptimizerConfig(

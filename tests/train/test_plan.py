@@ -8,12 +8,12 @@ import pytest
 from models.tiny_models import BLOCK, dit_config, vae_config
 
 from cola_jax import config as configs
-from cola_jax import sharding
+from cola_jax import families, sharding
 from cola_jax.train import metrics, plan, setup
 from cola_jax.train import state as states
 from cola_jax.types import UserError
 
-CONFIG = configs.Config(
+CONFIG = families.cola.ColaConfig(
     data=configs.DataConfig(sequence_length=2 * BLOCK, batch_size=16),
     vae=vae_config(),
     dit=dit_config(),

@@ -8,7 +8,8 @@ import pytest
 import toy_model
 
 from cola_jax import rng, sharding
-from cola_jax.config import AxesConfig, OptimizerConfig, Stage2Config, TrainConfig
+from cola_jax.config import AxesConfig, OptimizerConfig, TrainConfig
+from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.train import optimizer as optimizers
 from cola_jax.train import state as states
 from cola_jax.train import step as steps

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cola_jax import config as configs
-from cola_jax import rng
+from cola_jax import families, rng
 from cola_jax.types import Term
 
 VOCAB, WIDTH, LENGTH = 32, 16, 8
@@ -118,7 +117,7 @@ def batch(step: int, size: int = 8, seed: int = 0) -> dict:
     return {"tokens": tokens, "segment_ids": segments, "positions": positions}
 
 
-def config(**changes) -> configs.Config:
+def config(**changes) -> families.cola.ColaConfig:
     """A valid configuration for the toy; ``changes`` are groups of fields."""
     values = {
         "data": {"sequence_length": LENGTH, "batch_size": 8, "align": 1},
@@ -131,4 +130,4 @@ def config(**changes) -> configs.Config:
     }
     for name, fields in changes.items():
         values[name] = values.get(name, {}) | fields if isinstance(fields, dict) else fields
-    return configs.parse(values)
+    return families.parse(values)

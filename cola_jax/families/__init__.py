@@ -1,0 +1,61 @@
+"""Model families by name, and the configs of all of them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import ml_collections
+
+from cola_jax import fields
+from cola_jax.config import Config, to_dict
+from cola_jax.families import cola
+from cola_jax.families.interface import Family
+from cola_jax.types import UserError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (cola.FAMILY,)}
+DEFAULT = cola.FAMILY.name  # of configs that were saved before there were families
+
+
+def of(config: Config) -> Family:
+    """The family of a config."""
+    return get(config.family)
+
+
+def get(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"config.family = {name!r}: must be one of {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[name]
+
+
+def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
+    """A validated config from a ConfigDict or any nested mapping; absent fields keep their defaults.
+
+    Raises:
+      UserError: an unknown family or field, a field of another family, a wrong type, an inconsistent value.
+    """
+    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
+    family = get(plain.setdefault("family", DEFAULT))
+    _check_groups(family, plain)
+    config = fields.build(family.config, plain)
+    config.validate()
+    return config
+
+
+def _check_groups(family: Family, plain: Mapping) -> None:
+    """Raises UserError for a group that belongs to other families only."""
+    own = {field.name for field in dataclasses.fields(family.config)}
+    for name in plain:
+        others = [
+            other.name for other in FAMILIES.values() if name in {f.name for f in dataclasses.fields(other.config)}
+        ]
+        if name not in own and others:
+            raise UserError(f"config.{name}: belongs to family {others[0]!r}; config.family is {family.name!r}")
+
+
+def default(family: str = DEFAULT) -> dict:
+    """Every field of a family's config with its default, as a nested dict: what `configs/*.py` start from."""
+    return to_dict(get(family).config())

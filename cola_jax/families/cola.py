@@ -1,0 +1,260 @@
+"""The family "cola": a Text VAE (stage 1) and a block-causal flow prior over its latents (stage 2).
+
+All that the trainer and the binaries know of "vae" and "dit" is here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cola_jax import config as configs
+from cola_jax import likelihood, sampling
+from cola_jax.config import Config, OptimizerConfig
+from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
+from cola_jax.fields import require
+from cola_jax.likelihood import estimators, requests
+from cola_jax.models import cola, dit, text_vae
+from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit import DiTConfig
+from cola_jax.models.text_vae import VAEConfig
+from cola_jax.objectives import common, stage1, stage2
+from cola_jax.objectives.stage1 import Stage1Config
+from cola_jax.objectives.stage2 import Stage2Config
+from cola_jax.types import Key, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(configs.SampleConfig):
+    """How a run of this family generates its samples and its closing report."""
+
+    steps: int = 16
+    guidance_scale: float = 2.0
+    pad_prompts: bool = False  # fill a prompt's last block with padding that the model sees, as released code does
+
+    def validate(self) -> None:
+        super().validate()
+        configs.require_at_least(1, "sample", self, "steps")
+        configs.require_at_least(0, "sample", self, "guidance_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class ColaConfig(Config):
+    """A run of Cola DLM."""
+
+    family: str = "cola"
+    sample: SampleConfig = SampleConfig()
+    vae: VAEConfig = VAEConfig()
+    dit: DiTConfig = DiTConfig()
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    optimizer1: OptimizerConfig = OptimizerConfig()
+    optimizer2: OptimizerConfig = OptimizerConfig()
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("vae", "dit", "stage1", "stage2"):
+            getattr(self, name).validate()
+        self.optimizer1.validate("optimizer1")
+        self.optimizer2.validate("optimizer2")
+        vae, dit, data = self.vae, self.dit, self.data
+        need = f"vae.latent_dim = {vae.latent_dim}"
+        require(dit.latent_dim == vae.latent_dim, "dit.latent_dim", dit.latent_dim, need)
+        block = dit.block_size * vae.patch_size
+        need = f"a multiple of dit.block_size * vae.patch_size = {block}"
+        require(data.sequence_length % block == 0, "data.sequence_length", data.sequence_length, need)
+        fits = vae.attention == "causal" or dit.block_size % vae.block_size == 0
+        require(fits, "vae.block_size", vae.block_size, f"a divisor of dit.block_size = {dit.block_size}")
+        need = f"a multiple of vae.patch_size = {vae.patch_size}"
+        require(data.align % vae.patch_size == 0, "data.align", data.align, need)
+        self.validate_accumulation("optimizer1", "optimizer2")
+        self._validate_strategy()
+
+    def _validate_strategy(self) -> None:
+        strategy, start = self.stage2.strategy, self.train.init_from
+        pretrained = self.stage1.steps > 0 or bool(start)
+        if self.stage2.steps and strategy in ("joint", "fix_vae"):
+            require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
+        if strategy == "scratch":
+            require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
+            require(not start, "train.init_from", start, "'' (stage2.strategy = 'scratch')")
+        if not pretrained and strategy in ("scratch", "interval"):
+            weight = self.stage2.reference_weight
+            require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
+        ok = not self.stage2.history_dropout or self.dit.no_history_vector
+        need = "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)"
+        require(ok, "dit.no_history_vector", False, need)
+
+
+def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:
+    """The config with the tokenizer's vocabulary where it leaves it open."""
+    if config.vae.vocab_size:
+        return config
+    return dataclasses.replace(config, vae=dataclasses.replace(config.vae, vocab_size=vocab_size))
+
+
+def make_model(config: ColaConfig) -> ColaDLM:
+    """The networks of a resolved config."""
+    return cola.create(config.vae, config.dit, config.train.compute_dtype)
+
+
+def make_init(model: ColaDLM, config: ColaConfig) -> Callable[[Key], PyTree]:
+    """A function from a key to the variables of both networks."""
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    return lambda key: model.init(key, tokens)
+
+
+def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage]:
+    """Stage 1, the VAE alone (3.16); stage 2, the prior with the VAE frozen or trained along (3.18)."""
+
+    def first(params, batch, keys, frozen):
+        del frozen
+        return stage1.terms(model, config.stage1, params, batch, keys)
+
+    def second(params, batch, keys, frozen):
+        return stage2.terms(model, config.stage2, params, batch, keys, frozen.get("reference"))
+
+    return stages_with_terms(config, first, second)
+
+
+def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tuple[Stage, Stage]:
+    """`make_stages` around any terms (tests put a toy in the place of the model)."""
+    reference = "vae" in _trained(config.stage2) and config.stage2.reference_weight > 0
+    return (
+        Stage(
+            name="stage1",
+            steps=config.stage1.steps,
+            optimizer=config.optimizer1,
+            optimizer_field="optimizer1",
+            groups=("vae",),
+            trained={"vae": Group()},
+            frozen={},
+            terms=first,
+            flops_per_token=flops_per_token(config, 1),
+        ),
+        Stage(
+            name="stage2",
+            steps=config.stage2.steps,
+            optimizer=config.optimizer2,
+            optimizer_field="optimizer2",
+            groups=("vae", "dit"),
+            trained=_trained(config.stage2),
+            frozen={"reference": ("vae", "encoder")} if reference else {},
+            terms=second,
+            flops_per_token=flops_per_token(config, 2),
+        ),
+    )
+
+
+def _trained(strategy: Stage2Config) -> dict[str, Group]:
+    """The latent-space strategies of 4.3: which groups have gradients, the VAE's rate ratio, the interval."""
+    if strategy.strategy == "fix_vae":
+        return {"dit": Group()}
+    active = functools.partial(_is_joint, strategy.interval) if strategy.strategy == "interval" else None
+    return {"dit": Group(), "vae": Group(strategy.vae_learning_rate_ratio, active)}
+
+
+def _is_joint(interval: int, step: jax.Array) -> jax.Array:
+    """ "interval": ``interval`` joint steps alternate with as many in which the VAE stays as it is."""
+    return jnp.asarray(step // interval % 2 == 0)
+
+
+def flops_per_token(config: ColaConfig, stage: int) -> float:
+    """Model FLOPs of a training step per token of the batch.
+
+    A matrix multiplication costs 2 FLOPs per weight forward and 4 backward for every position that passes through
+    it; frozen parts count forward only. Causal attention adds ``4 * (N / 2) * width`` per position and layer
+    forward. The mask pass needs the vocabulary head at the masked positions only. Norms, softmax and rematerialised
+    work are left out.
+
+    Args:
+      config: with ``vae.vocab_size`` known.
+      stage: 1 or 2.
+    """
+    latents = config.data.sequence_length // config.vae.patch_size
+    encoder, decoder, head = text_vae.forward_flops(config.vae, latents)
+    settings = config.stage1 if stage == 1 else config.stage2
+    vae = encoder + decoder + head
+    if settings.mask_weight:
+        vae += encoder + decoder + settings.mask_ratio * head
+    if stage == 1:
+        return 3 * vae
+    copies = config.stage2.noise_copies
+    times = 1 + copies * (latents // config.dit.block_size if config.stage2.time_per == "block" else 1)
+    prior = dit.forward_flops(config.dit, latents, 1 + copies, times) / config.vae.patch_size
+    if config.stage2.strategy == "fix_vae":
+        return encoder + 3 * prior
+    reference = encoder if config.stage2.reference_weight else 0.0
+    return 3 * (vae + prior) + reference
+
+
+def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
+    """How the run's config wants text to be generated."""
+    sample = config.sample
+    return sampling.Settings(
+        steps=sample.steps,
+        guidance_scale=sample.guidance_scale,
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        repetition_penalty=sample.repetition_penalty,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id if sample.pad_prompts else None,
+        context=config.data.sequence_length,
+    )
+
+
+def generation_flops(config: ColaConfig, settings: sampling.Settings) -> float:
+    """FLOPs of the multiplications by the prior's weights for each new token.
+
+    Every evaluation passes a block, twice where it is guided, and each finished block once more into the cache.
+    Modulations (once for all blocks), attention, encoder and decoder are left out.
+    """
+    sizes = config.dit
+    width = sizes.num_heads * sizes.head_dim
+    weights = sizes.num_layers * (4 * sizes.dim * width + 2 * sizes.mlp_ratio * sizes.dim**2)
+    evaluations = 2 if settings.solver == "heun" else 1
+    guided = settings.guided
+    passes = 1 + evaluations * (len(guided) + sum(guided))
+    return 2.0 * weights * passes / config.vae.patch_size
+
+
+def score(model: ColaDLM, params: Params, tokens, segment_ids, settings, key: Key, prefix=None) -> Scores:
+    """The ELBO of each row (3.12), of its response where there is a prefix (10.21-10.22)."""
+    found = likelihood.log_likelihood(model, params, tokens, settings, key, segment_ids, prefix)
+    return Scores(found.elbo, found.elbo_error, "lower", np.asarray(found.tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reconstruct(model: ColaDLM, params: Params, batch: dict, keys: Key) -> tuple[jax.Array, jax.Array]:
+    """(tokens that the decoder's first choice recovers from one posterior sample of their latents, tokens)."""
+    segments = common.latent_segments(batch, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    posterior = model.apply(params, inputs, segments, method="encode")
+    z = model.normalize(common.draw(posterior, keys))
+    right = common.accuracy(model.apply(params, z, segments, method="decode"), batch["tokens"])
+    real = batch["segment_ids"] > 0
+    return (right * real).sum(), real.sum()
+
+
+FAMILY = Family(
+    name="cola",
+    config=ColaConfig,
+    resolve=resolve,
+    model=make_model,
+    init=make_init,
+    stages=make_stages,
+    settings=sampling.Settings,
+    default_settings=default_settings,
+    generate=sampling.generate_batches,
+    stream=sampling.stream,
+    score_settings=likelihood.Settings,
+    score=score,
+    scorer=requests.Scorer,
+    check_scorable=estimators.check_model,
+    generation_flops=generation_flops,
+    tokens_per_latent=lambda config: config.vae.patch_size,
+    reconstruct=reconstruct,
+)

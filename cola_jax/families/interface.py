@@ -1,0 +1,131 @@
+"""What a model family is: a value that the trainer and the binaries use without knowing which model it is.
+
+The trainer walks `Family.stages` and optimizes the sum of each stage's terms; the binaries generate and score through
+`Family.generate`, `Family.stream` and `Family.score`. A new family is one module with one such value, and one entry in
+`families.FAMILIES`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cola_jax.config import Config, OptimizerConfig
+from cola_jax.types import Key, Params, PyTree, Term
+
+# (variables, batch, keys [B], frozen trees by name) -> terms per example
+TermsFn = Callable[[Params, dict, Key, Mapping[str, Params]], dict[str, Term]]
+
+
+class Group(NamedTuple):
+    """How a stage trains one group of parameters (a top-level entry of the variables).
+
+    Attributes:
+      ratio: its learning rate over that of the stage.
+      active: step -> whether the group is updated in that step; None: in every step. A group that is not active keeps
+        its parameters and moments, and its gradient does not enter the clipping norm.
+    """
+
+    ratio: float = 1.0
+    active: Callable[[jax.Array], jax.Array] | None = None
+
+
+class Stage(NamedTuple):
+    """One stage of training.
+
+    Attributes:
+      name: directory of its checkpoints, unique in the family.
+      steps: updates; 0: the stage is skipped.
+      optimizer: rates, decay, clipping, accumulation.
+      optimizer_field: the config group of ``optimizer``, for errors.
+      groups: parameter groups that its state holds.
+      trained: those of them that have gradients, and how each is trained.
+      frozen: name -> path in the parameters; what stands there when the stage begins is kept as it is, and handed to
+        ``terms`` under this name.
+      terms: of the loss.
+      flops_per_token: model FLOPs of a training step per token of the batch.
+    """
+
+    name: str
+    steps: int
+    optimizer: OptimizerConfig
+    optimizer_field: str
+    groups: tuple[str, ...]
+    trained: Mapping[str, Group]
+    frozen: Mapping[str, tuple[str, ...]]
+    terms: TermsFn
+    flops_per_token: float
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of texts, nats, float64.
+
+    Attributes:
+      log_prob: [B], of the scored tokens: exact, or a lower bound in expectation.
+      error: [B], Monte-Carlo standard error of ``log_prob``; 0 where it is exact, nan where it is not known.
+      bound: "exact" or "lower".
+      tokens: [B], scored tokens.
+    """
+
+    log_prob: np.ndarray
+    error: np.ndarray
+    bound: str
+    tokens: np.ndarray
+
+
+class Piece(NamedTuple):
+    """What `Family.stream` yields: the next tokens of every sequence, an empty list for one that has ended."""
+
+    tokens: list[list[int]]
+
+
+class Family(NamedTuple):
+    """A model family.
+
+    Attributes:
+      name: as in ``config.family``.
+      config: its config: `Config` with the groups of its model and stages.
+      resolve: (config, vocabulary size) -> config whose model knows its vocabulary.
+      model: resolved config -> Flax module.
+      init: (model, config) -> function from a key to boxed variables.
+      stages: (model, config) -> the stages of training, in order.
+      settings: class of the generation settings; its fields are flags of the binaries.
+      default_settings: (config, tokenizer) -> settings with which a run of this config generates.
+      generate: (model, params, prompts, settings, key, batch_size) -> iterator of (index of the prompt, new tokens), in
+        order; sample i depends on (key, i) alone.
+      stream: (model, params, prompts, settings, key, sample_ids) -> iterator of `Piece`s.
+      score_settings: class of the scoring settings.
+      score: (model, params, tokens [B, T], segment_ids [B, T], settings, key, prefix [B] or None) -> `Scores`.
+      scorer: (model, params, settings, key, context, batch_size, mesh) -> scorer of JSON lines (`likelihood.requests`).
+      check_scorable: (model, params); raises UserError for a model without a likelihood.
+      generation_flops: (config, settings) -> multiplications by weights, in FLOPs, per new token.
+      tokens_per_latent: config -> P: prompts and prefixes that are scored must be multiples of it.
+      reconstruct: (model, params, batch, keys) -> (tokens recovered, tokens), or None for a family without latents.
+    """
+
+    name: str
+    config: type[Config]
+    resolve: Callable[[Config, int], Config]
+    model: Callable[[Config], Any]
+    init: Callable[[Any, Config], Callable[[Key], PyTree]]
+    stages: Callable[[Any, Config], tuple[Stage, ...]]
+    settings: type
+    default_settings: Callable[[Config, Any], Any]
+    generate: Callable[..., Iterator[tuple[int, list[int]]]]
+    stream: Callable[..., Iterator[Any]]
+    score_settings: type
+    score: Callable[..., Scores]
+    scorer: Callable[..., Any]
+    check_scorable: Callable[[Any, Params], None]
+    generation_flops: Callable[[Config, Any], float]
+    tokens_per_latent: Callable[[Config], int] = lambda config: 1
+    reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+
+
+def first_steps(stages: Sequence[Stage]) -> list[int]:
+    """For each stage, the updates of all stages before it: what keeps the stages' random streams apart."""
+    totals = [0]
+    for stage in stages:
+        totals.append(totals[-1] + stage.steps)
+    return totals[:-1]
