@@ -4,7 +4,6 @@ A row is a dict of int32 arrays of shape [T]:
 
 * ``tokens``: ids; `pad_id` behind the text.
 * ``segment_ids``: 1, 2, ... for the documents of the row in their order, 0 for padding.
-* ``positions``: 0, 1, ... from the start of each segment; 0 for padding.
 """
 
 from collections.abc import Iterable
@@ -32,7 +31,6 @@ def _row(pieces: Iterable[np.ndarray], length: int, pad_id: int) -> Row:
         stop = start + len(piece)
         row["tokens"][start:stop] = piece
         row["segment_ids"][start:stop] = segment
-        row["positions"][start:stop] = np.arange(len(piece), dtype=np.int32)
         start = stop
     return row
 
@@ -42,7 +40,6 @@ def empty_row(length: int, pad_id: int) -> Row:
     return {
         "tokens": np.full(length, pad_id, dtype=np.int32),
         "segment_ids": np.zeros(length, dtype=np.int32),
-        "positions": np.zeros(length, dtype=np.int32),
     }
 
 

@@ -102,7 +102,7 @@ def create(
       seed: Of the order, and of generated stories.
 
     Returns:
-      A dataset of dicts with ``tokens``, ``segment_ids`` and ``positions``, int32 [B, T]. The state
+      A dataset of dicts with ``tokens`` and ``segment_ids``, int32 [B, T]. The state
       of its iterator is JSON-able, small, and that of the batch that was consumed last, whatever is prefetched.
 
     Raises:
@@ -132,7 +132,7 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:
     """What defines the order of the data, JSON-able: an iterator's state means nothing under another one.
 
     A changed worker count makes Grain fail with an opaque error, a changed seed or file goes unnoticed: compare this
-    with the fingerprint of the run that saved the state (`difference`) before restoring.
+    with the fingerprint of the run that saved the state (`nested.differences`) before restoring.
     """
     fields = ("corpus", "packing", "align", "sequence_length", "batch_size", "num_workers")
     if config.random_offset:  # not a part of the fingerprints of runs that knew no such field
@@ -144,25 +144,3 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:
         "tokenizer": f"{tokenizer.name} {tokenizer.fingerprint}",
         "grain": grain.__version__,
     }
-
-
-def _leaves(value, path: str = "") -> dict:
-    """The leaves of nested dicts and lists by their dotted path."""
-    if isinstance(value, dict):
-        items = [(f"{path}.{name}" if path else name, child) for name, child in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{path}[{i}]", child) for i, child in enumerate(value)]
-    else:
-        return {path: value}
-    return {name: leaf for key, child in items for name, leaf in _leaves(child, key).items()}
-
-
-def difference(saved: dict, now: dict) -> list[str]:
-    """Lines ``field: saved -> now`` for the fields in which two fingerprints differ; empty if they are equal."""
-    before, after = _leaves(saved), _leaves(now)
-    names = [*before, *(name for name in after if name not in before)]
-    return [
-        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        for name in names
-        if name not in before or name not in after or before[name] != after[name]
-    ]

@@ -13,7 +13,7 @@ import numpy as np
 from cola_jax import likelihood, rng
 from cola_jax.data import corpora, packing
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation.stories import Proportion
+from cola_jax.evaluation.proportion import Proportion
 from cola_jax.likelihood import Settings, density, rows, weights
 from cola_jax.models import cola
 from cola_jax.models.dit import DiTConfig

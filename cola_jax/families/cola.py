@@ -13,7 +13,7 @@ import numpy as np
 
 from cola_jax import config as configs
 from cola_jax import likelihood, sampling
-from cola_jax.config import Config, OptimizerConfig
+from cola_jax.config import Config, DataConfig, OptimizerConfig
 from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
 from cola_jax.fields import require
 from cola_jax.likelihood import estimators, requests
@@ -25,6 +25,8 @@ from cola_jax.objectives import common, stage1, stage2
 from cola_jax.objectives.stage1 import Stage1Config
 from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.types import Key, Params, PyTree
+
+_RELEASED_CONTEXT = 512  # tokens that the released model was trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,31 @@ def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:
     if config.vae.vocab_size:
         return config
     return dataclasses.replace(config, vae=dataclasses.replace(config.vae, vocab_size=vocab_size))
+
+
+def released_config(model: ColaDLM, eos_id: int = -1, pad_id: int = -1) -> ColaConfig:
+    """The config of a run that a released model could have come from: its networks, and how it generates by default.
+
+    Args:
+      model: from `release.load`.
+      eos_id, pad_id: of the tokenizer; -1: found in its file.
+    """
+    patch = model.vae_config.patch_size
+    per_block = model.dit_config.block_size * patch
+    config = ColaConfig(
+        data=DataConfig(
+            tokenizer="huggingface",
+            eos_id=eos_id,
+            pad_id=pad_id,
+            align=patch,
+            sequence_length=max(1, _RELEASED_CONTEXT // per_block) * per_block,
+        ),
+        vae=model.vae_config,
+        dit=model.dit_config,
+        sample=SampleConfig(steps=16, guidance_scale=7.0, max_new_tokens=32, pad_prompts=True),
+    )
+    config.validate()
+    return config
 
 
 def make_model(config: ColaConfig) -> ColaDLM:

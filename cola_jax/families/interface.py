@@ -100,6 +100,7 @@ class Family(NamedTuple):
       scorer: (model, params, settings, key, context, batch_size, mesh) -> scorer of JSON lines (`likelihood.requests`).
       check_scorable: (model, params); raises UserError for a model without a likelihood.
       generation_flops: (config, settings) -> multiplications by weights, in FLOPs, per new token.
+      bound: of ``score``: "exact" or "lower".
       tokens_per_latent: config -> P: prompts and prefixes that are scored must be multiples of it.
       reconstruct: (model, params, batch, keys) -> (tokens recovered, tokens), or None for a family without latents.
     """
@@ -119,6 +120,7 @@ class Family(NamedTuple):
     scorer: Callable[..., Any]
     check_scorable: Callable[[Any, Params], None]
     generation_flops: Callable[[Config, Any], float]
+    bound: str = "lower"
     tokens_per_latent: Callable[[Config], int] = lambda config: 1
     reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 

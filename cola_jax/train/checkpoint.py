@@ -1,25 +1,22 @@
 """Checkpoints that are verified when read: parameters, optimizer, data position and config of one step together.
 
-A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, reference, guard),
+A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, frozen trees, guard),
 "meta" (config, data position, data fingerprint, a hash of every array, a checksum of itself) and "files" (checksums of
 the files of the others). Orbax writes it under a temporary name and renames it, so a process killed at any time leaves
 the earlier steps as they were. What proves that a step is intact is in `verified`.
 """
 
 import asyncio
-import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from cola_jax import config as configs
 from cola_jax.train import verified
@@ -30,16 +27,6 @@ _COMMIT_TIMEOUT = 1200  # seconds that a process waits for the others to have wr
 _ARRAY_ITEMS = ("params", "ema", "training")
 
 
-class Loaded(NamedTuple):
-    """What the binaries that sample and evaluate need of a run."""
-
-    config: configs.Config
-    variables: Params  # the moving average where there is one
-    tokenizer_path: Path
-    tokenizer: str  # its name and hash, from the data fingerprint
-    step: int
-
-
 def _flat(tree: PyTree) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -47,7 +34,7 @@ def _flat(tree: PyTree) -> dict:
 
 def _items(state: TrainState) -> dict[str, dict]:
     """The arrays of a state (or of its abstract form), by item and name."""
-    training = {"step": state.step, "opt_state": state.opt_state, "reference": state.reference, "guard": state.guard}
+    training = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard, **state.frozen}
     items = {"params": _flat(state.params["params"]), "training": _flat(training)}
     return items if state.ema is None else {**items, "ema": _flat(state.ema)}
 
@@ -65,9 +52,14 @@ def _check_shapes(path: Path, items: dict[str, dict[str, jax.ShapeDtypeStruct]],
 
 
 class Checkpoints:
-    """The checkpoints of one stage: saved in the background, verified when restored, the newest ``keep`` kept."""
+    """The checkpoints of one stage: saved in the background, verified when restored.
 
-    def __init__(self, directory: Path, keep: int, report: Callable[[str], None] = print):
+    Kept are the newest ``keep`` and those of the steps ``milestones``.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int, report: Callable[[str], None] = print, milestones: Collection[int] = ()
+    ):
         self.directory = Path(directory).absolute()
         self._report = report
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +69,7 @@ class Checkpoints:
             # "files" is the last: it sees the others complete.
             item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler(), "files": verified.FilesHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(keep),
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(sorted(milestones))]),
                 # What a killed process left half written; finished steps have no temporary name.
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
@@ -194,7 +186,7 @@ def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> Tra
         params={"params": fill(target.params["params"], arrays["params"])},
         opt_state=fill(target.opt_state, training, "opt_state/"),
         ema=None if target.ema is None else fill(target.ema, arrays["ema"]),
-        reference=None if target.reference is None else fill(target.reference, training, "reference/"),
+        frozen={name: fill(tree, training, f"{name}/") for name, tree in target.frozen.items()},
         finite=jax.jit(lambda: jnp.ones((), bool), out_shardings=target.finite.sharding)(),
         guard=None if target.guard is None else fill(target.guard, training, "guard/"),
     )
@@ -224,7 +216,7 @@ def save_params(
     tokenizer: str,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Writes the variables of a model as one step that `load_params` reads; there is nothing to go on training from.
+    """Writes the variables of a model as one step that `saved.load` reads; training cannot resume from it.
 
     Args:
       directory: of the stage; the caller sees to it that it gets its name when it is complete.
@@ -268,87 +260,3 @@ def save_params(
         raise
     except Exception as error:
         raise UserError(f"checkpoint {place}: not saved: {verified.one_line(error)}") from error
-
-
-def load_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
-    """The newest valid parameters of a run, on the first device.
-
-    Args:
-      path: a run's directory (then its stage 2 is read) or one stage's directory inside it.
-      report: called with a line for each damaged step that is skipped.
-
-    Raises:
-      UserError: there is no checkpoint, or none that passes verification.
-    """
-    directory, steps = _stage_directory(Path(path))
-    home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def load(place: Path) -> tuple[dict, dict]:
-        body, items = verified.read_meta(place), {}
-        for item in ("params", "ema"):
-            shapes = body["arrays"].get(item, {})
-            target = {n: jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=home) for n, (s, d) in shapes.items()}
-            items |= {item: verified.read_arrays(place / item, target)} if target else {}
-        return body, items
-
-    def verify(loaded: tuple[dict, dict]) -> str | None:
-        return verified.mismatch(loaded[1], loaded[0]["hashes"])
-
-    found = verified.newest_valid(directory, load, report, verify)
-    if found is None:
-        raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
-    step, (body, items) = found
-    return _loaded(directory, step, body, {**items["params"], **items.get("ema", {})})
-
-
-def open_params(path: str | Path, report: Callable[[str], None] = print) -> Loaded:
-    """`load_params`, with each array a `LazyArray` that is read and verified when it is asked for.
-
-    Raises:
-      UserError: there is no checkpoint, or none whose description can be read; later, a damaged array.
-    """
-    directory, steps = _stage_directory(Path(path))
-    home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = verified.newest_valid(directory, verified.read_meta, report)
-    if found is None:
-        raise UserError(f"checkpoint {directory}: none of the steps {steps} can be read")
-    step, body = found
-    place = directory / str(step)
-
-    def read(item: str, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-        restore = ocp.args.PyTreeRestore(
-            item={name: target},
-            restore_args={name: ocp.ArrayRestoreArgs(sharding=home, dtype=target.dtype)},
-            partial_restore=True,
-        )
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                array = checkpointer.restore(place / item, args=restore)[name]
-            intact = verified.hashes({item: {name: array}})[item][name] == body["hashes"][item][name]
-        except Exception as error:  # a damaged file raises whatever its reader raises
-            raise UserError(f"checkpoint {place}: {item} {name} cannot be read: {verified.one_line(error)}") from None
-        if not intact:
-            raise UserError(f"checkpoint {place}: {item} {name} does not match its hash")
-        return array
-
-    arrays = {}
-    for item in ("params", "ema"):
-        for name, (shape, dtype) in body["arrays"].get(item, {}).items():
-            target = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=home)
-            arrays[name] = LazyArray(tuple(shape), target.dtype, functools.partial(read, item, name, target))
-    return _loaded(directory, step, body, arrays)
-
-
-def _stage_directory(path: Path) -> tuple[Path, list[int]]:
-    path = path.absolute()
-    directory = path if verified.step_directories(path) else path / "stage2"
-    steps = verified.step_directories(directory)
-    if not steps:
-        raise UserError(f"{path}: no checkpoint here; it must be the directory of a run with stage2/<step>")
-    return directory, steps
-
-
-def _loaded(directory: Path, step: int, body: dict, arrays: dict) -> Loaded:
-    variables = {"params": traverse_util.unflatten_dict(arrays, sep="/")}
-    config, tokenizer = configs.parse(body["config"]), body["fingerprint"].get("tokenizer", "")
-    return Loaded(config, variables, directory.parent / "tokenizer.model", tokenizer, step)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from cola_jax import sharding
+from cola_jax import families, sharding
 from cola_jax.config import Config
 from cola_jax.nn import attention
-from cola_jax.train import devices, metrics, setup, step
+from cola_jax.train import devices, step
 from cola_jax.train import state as states
 from cola_jax.types import PyTree, UserError
 
@@ -67,14 +67,14 @@ class Report(NamedTuple):
     """What one stage's step needs, on the device that needs most; bytes.
 
     Attributes:
-      stage: 1 or 2.
+      stage: its number, from 1.
       parameters: of the groups that the stage holds.
-      state: parameters, moments, average, reference.
+      state: parameters, moments, average, frozen trees.
       batch: tokens of a step.
       peak: of the compiled program, state and batch included; None where it does not fit and the compiler gave no
         number.
       fits: whether the peak is below the chip's memory.
-      flops_per_token: by the cost model (`metrics.flops_per_token`).
+      flops_per_token: by the cost model (`Stage.flops_per_token`).
       compiler: "TPU" or "CPU".
       seconds: compilation took.
     """
@@ -152,20 +152,24 @@ def _used(message: str) -> int | None:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
 
 
-def _with_kernels(config: Config, platform: str) -> Config:
-    """The config with the attention kernels that "auto" means on the described devices, not on this machine's."""
-    dit, vae, length = config.dit, config.vae, config.data.sequence_length // config.vae.patch_size
-    kernels = [attention.choose_kernel(c.attention_kernel, c.head_dim, length, platform) for c in (dit, vae)]
-    dit, vae = (dataclasses.replace(c, attention_kernel=k) for c, k in zip((dit, vae), kernels, strict=True))
-    return dataclasses.replace(config, dit=dit, vae=vae)
+def with_kernels(config: Config, platform: str) -> Config:
+    """The config with the attention kernels that "auto" means on a platform, not on this machine's."""
+    length = config.data.sequence_length // families.of(config).tokens_per_latent(config)
+    chosen = {}
+    for field in dataclasses.fields(config):
+        group = getattr(config, field.name)
+        if hasattr(group, "attention_kernel"):
+            kernel = attention.choose_kernel(group.attention_kernel, group.head_dim, length, platform)
+            chosen[field.name] = dataclasses.replace(group, attention_kernel=kernel)
+    return dataclasses.replace(config, **chosen)
 
 
-def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
+def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
     """Compiles the training step of a stage for ``mesh`` and reports what it needs; nothing is computed.
 
     Args:
-      config: with ``vae.vocab_size`` known.
-      stage: 1 or 2.
+      config: whose model knows its vocabulary.
+      index: of the stage, from 0.
       mesh: of described or virtual devices.
       chip: what one of them is.
       compiler: for the report.
@@ -173,20 +177,20 @@ def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: s
     Raises:
       UserError: mesh and batch do not fit together.
     """
-    made = setup.model(_with_kernels(config, "tpu" if compiler == "TPU" else "cpu"))
-    parts = setup.stage(config, stage, made.init)
-    sharding.check_batch(config.data.batch_size, parts.settings.accumulation, mesh, f"optimizer{stage}.accumulation")
+    family, config = families.of(config), with_kernels(config, "tpu" if compiler == "TPU" else "cpu")
+    model = family.model(config)
+    stage = family.stages(model, config)[index]
+    sharding.check_batch(
+        config.data.batch_size, stage.optimizer.accumulation, mesh, f"{stage.optimizer_field}.accumulation"
+    )
     rules = sharding.make_rules(config.train.axes)
-    target = states.abstract(parts.make, mesh, rules)
+    target = states.abstract(states.make_init(family.init(model, config), stage), mesh, rules)
     home = sharding.batch_sharding(mesh)
     row = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=home)
-    train_step = step.make_train_step(
-        made.terms[stage - 1], parts.optimizer, parts.settings, parts.trained, target, mesh,
-        steps=parts.steps, seed=config.seed, rules=rules,
-    )  # fmt: skip
+    train_step = step.make_train_step(stage, target, mesh, seed=config.seed, rules=rules)
     began, peak, fits = time.monotonic(), None, False
     try:
-        compiled = train_step.lower(target, dict.fromkeys(("tokens", "segment_ids", "positions"), row)).compile()
+        compiled = train_step.lower(target, dict.fromkeys(("tokens", "segment_ids"), row)).compile()
         memory = compiled.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -196,13 +200,13 @@ def compile_step(config: Config, stage: int, mesh: Mesh, chip: Chip, compiler: s
             raise
         peak = _used(str(error))
     return Report(
-        stage=stage,
+        stage=index + 1,
         parameters=sum(x.size for x in jax.tree.leaves(target.params)),
         state=_bytes(target),
         batch=row.size,
         peak=peak,
         fits=fits,
-        flops_per_token=metrics.flops_per_token(config, stage),
+        flops_per_token=stage.flops_per_token,
         compiler=compiler,
         seconds=time.monotonic() - began,
     )

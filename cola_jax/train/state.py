@@ -1,22 +1,23 @@
 """The training state: everything that a step reads and writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from cola_jax import sharding
+from cola_jax.families.interface import Stage
 from cola_jax.train import optimizer as optimizers
 from cola_jax.types import Key, Params, PyTree
 
 
 @flax.struct.dataclass
 class Guard:
-    """What decides whether an update is applied or skipped (`config.optimizerN.max_skipped`, ``spike_factor``)."""
+    """What decides whether an update is applied or skipped (`OptimizerConfig.max_skipped`, ``spike_factor``)."""
 
     norm: PyTree  # float32 scalar: running average of the gradient norm over the applied updates
     applied: PyTree  # int32 scalar: updates in that average
@@ -34,10 +35,10 @@ class TrainState:
 
     # Any, not jax.Array: the same tree also holds abstract arrays and shardings.
     step: PyTree  # int32 scalar
-    params: Params  # {"params": {"vae": ..., "dit": ...}}, float32
+    params: Params  # {"params": {group: ...}}, float32
     opt_state: PyTree  # of the trained groups
     ema: PyTree | None  # moving average of the trained groups
-    reference: Params | None  # the encoder as stage 2 began: {"params": {"vae": {"encoder": ...}}}
+    frozen: dict[str, Params]  # what the stage's terms need as it was when the stage began: name -> variables
     finite: PyTree  # bool scalar
     guard: PyTree | None = None  # a Guard; None where no update may be skipped
 
@@ -47,52 +48,44 @@ def evaluation_params(state: TrainState) -> Params:
     return {"params": {**state.params["params"], **(state.ema or {})}}
 
 
-def make_init(
-    init: Callable[[Key], Params],
-    optimizer: optax.GradientTransformation,
-    trained: tuple[str, ...],
-    *,
-    groups: tuple[str, ...] = ("vae", "dit"),
-    ema: bool = False,
-    reference: bool = False,
-    guard: bool = False,
-) -> Callable[[Key, PyTree | None], TrainState]:
-    """A pure function ``(key, vae, dit) -> TrainState`` to be traced, with the parameters' boxes still on.
+def make_init(init: Callable[[Key], Params], stage: Stage) -> Callable[..., TrainState]:
+    """A pure function ``(key, initial) -> TrainState`` to be traced, with the parameters' boxes still on.
 
     Args:
       init: variables of the whole model from a key, boxed with their logical axes.
-      optimizer: over the trained groups.
-      trained: see `optimizer.trained_groups`.
-      groups: which of the model's groups the stage holds (stage 1: only "vae").
-      ema: keep a moving average.
-      reference: keep a copy of the encoder.
-      guard: count skipped updates.
+      stage: which groups the state holds, which of them are trained and how, what is frozen.
 
     Returns:
-      The function; ``vae`` replaces the fresh VAE parameters (stage 2 starts from stage 1's), ``dit`` those of the
-      prior; None keeps them.
+      The function; ``initial`` is ``{group: parameters}`` that replace the fresh ones of these groups.
     """
+    settings, optimizer = stage.optimizer, optimizers.create(stage)
 
-    def make(key: Key, vae: PyTree | None = None, dit: PyTree | None = None) -> TrainState:
+    def make(key: Key, initial: Mapping[str, PyTree] = MappingProxyType({})) -> TrainState:
         fresh = init(key)["params"]
-        params = {"params": {name: fresh[name] for name in groups}}
-        for name, values in (("vae", vae), ("dit", dit)):
-            if values is not None:
-                params["params"][name] = _rebox(fresh[name], values)
-        active, _ = optimizers.split_groups(params, trained)
-        # Copies, because donation wants every leaf of the state in a buffer of its own.
-        encoder = jax.tree.map(jnp.copy, params["params"]["vae"]["encoder"]) if reference else None
+        params = {"params": {name: fresh[name] for name in stage.groups}}
+        for name, values in initial.items():
+            params["params"][name] = _rebox(fresh[name], values)
+        active, _ = optimizers.split_groups(params, tuple(stage.trained))
+        guarded = settings.max_skipped > 0 or settings.spike_factor > 0
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(active),
-            ema=jax.tree.map(jnp.copy, active) if ema else None,
-            reference={"params": {"vae": {"encoder": encoder}}} if reference else None,
+            # Copies, because donation wants every leaf of the state in a buffer of its own.
+            ema=jax.tree.map(jnp.copy, active) if settings.ema > 0 else None,
+            frozen={name: {"params": _copy_at(params["params"], path)} for name, path in stage.frozen.items()},
             finite=jnp.ones((), bool),
-            guard=Guard(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))) if guard else None,
+            guard=Guard(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3))) if guarded else None,
         )
 
     return make
+
+
+def _copy_at(params: PyTree, path: tuple[str, ...]) -> PyTree:
+    """A tree of the same nesting that holds a copy of what stands at ``path``, and nothing else."""
+    if not path:
+        return jax.tree.map(jnp.copy, params)
+    return {path[0]: _copy_at(params[path[0]], path[1:])}
 
 
 def _rebox(boxed: PyTree, values: PyTree) -> PyTree:
@@ -117,7 +110,7 @@ def abstract(
 
 
 def create(
-    make: Callable[..., TrainState], target: TrainState, key: Key, vae: PyTree | None = None, dit: PyTree | None = None
+    make: Callable[..., TrainState], target: TrainState, key: Key, initial: Mapping[str, PyTree] = MappingProxyType({})
 ) -> TrainState:
     """A fresh state, each shard of it computed where it lives.
 
@@ -125,7 +118,7 @@ def create(
       make: from `make_init`.
       target: from `abstract`: where the state lives.
       key: from `rng.key(seed, "init")`.
-      vae, dit: the parameters to start from, or None.
+      initial: {group: parameters} to start from.
     """
     homes = jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(lambda k, v, d: nn.meta.unbox(make(k, v, d)), out_shardings=homes)(key, vae, dit)
+    return jax.jit(lambda k, given: nn.meta.unbox(make(k, given)), out_shardings=homes)(key, dict(initial))

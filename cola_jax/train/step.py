@@ -1,6 +1,7 @@
 """One training step and one evaluation step, as pure jitted functions."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,13 @@ from jax.sharding import Mesh
 
 from cola_jax import rng, sharding
 from cola_jax.config import OptimizerConfig
+from cola_jax.families.interface import Stage, TermsFn
 from cola_jax.train import optimizer as optimizers
 from cola_jax.train.state import Guard, TrainState
-from cola_jax.types import Key, Params, PyTree, Term
+from cola_jax.types import Params, PyTree, Term
 
 # The running average of the gradient norm forgets with this factor, and recognises spikes after this many updates.
 _NORM_DECAY, _NORM_UPDATES = 0.98, 20
-
-# (params, batch, keys, reference) -> terms per example
-TermsFn = Callable[[Params, dict, Key, Params | None], dict[str, Term]]
 
 
 def _mean(value: jax.Array, weight: jax.Array) -> jax.Array:
@@ -45,7 +44,7 @@ def _microbatches(tree: PyTree, number: int) -> PyTree:
     return jax.tree.map(cut, tree)
 
 
-def _loss_and_gradients(terms: TermsFn, trained, frozen, batch, keys, reference, accumulation: int):
+def _loss_and_gradients(terms: TermsFn, trained, held, batch, keys, frozen, accumulation: int):
     """``sum_i coefficient_i * sum(value_i) / sum(weight_i)``, its gradients by ``trained``, the terms' means.
 
     With accumulation the weights of the whole batch are summed first, so that microbatches add up to the same
@@ -53,7 +52,7 @@ def _loss_and_gradients(terms: TermsFn, trained, frozen, batch, keys, reference,
     """
 
     def evaluate(active, data, data_keys):
-        return terms({"params": {**frozen, **active}}, data, data_keys, reference)
+        return terms({"params": {**held, **active}}, data, data_keys, frozen)
 
     def weights(found):
         return {name: jax.lax.stop_gradient(jnp.sum(term.weight)) for name, term in found.items()}
@@ -88,7 +87,7 @@ def _moving_average(ema: PyTree, params: PyTree, decay: float, step: jax.Array) 
 
 
 def _judge(guard: Guard | None, finite: jax.Array, norm: jax.Array, config: OptimizerConfig):
-    """(apply the update, go on, the guard after the step), from whether loss and gradient norm are finite."""
+    """(apply the update, continue, the guard after the step), from whether loss and gradient norm are finite."""
     if guard is None:
         return finite, finite, None
     spike = jnp.zeros((), bool)
@@ -106,15 +105,51 @@ def _judge(guard: Guard | None, finite: jax.Array, norm: jax.Array, config: Opti
     return apply, in_row <= config.max_skipped, after
 
 
+def _update(
+    stage: Stage, optimizer: optax.GradientTransformation, seed: int, first_step: int, state: TrainState, batch: dict
+) -> tuple[TrainState, dict]:
+    """`make_train_step` before it is jitted."""
+    config = stage.optimizer
+    keys = rng.key(seed, "train", state.step + first_step, sample=jnp.arange(batch["tokens"].shape[0]))
+    active, held = optimizers.split_groups(state.params, tuple(stage.trained))
+    loss, means, gradients = _loss_and_gradients(
+        stage.terms, active, held, batch, keys, state.frozen, config.accumulation
+    )
+    norm = optax.tree.norm(gradients)
+    apply, may_continue, guard = _judge(state.guard, jnp.isfinite(loss) & jnp.isfinite(norm), norm, config)
+    finite = state.finite & may_continue
+    updates, opt_state = optimizer.update(gradients, state.opt_state, active)
+    active = optax.apply_updates(active, updates)
+    ema = state.ema if state.ema is None else _moving_average(state.ema, active, config.ema, state.step)
+    params = {"params": {**held, **active}}
+    new = state.replace(params=params, opt_state=opt_state, ema=ema)
+    new = jax.tree.map(lambda a, b: jnp.where(finite & apply, a, b), new, state)
+    new = new.replace(step=state.step + finite, finite=finite)
+    skipped = 0
+    if guard is not None:
+        skipped = state.guard.skipped
+        new = new.replace(guard=jax.tree.map(lambda a, b: jnp.where(finite, a, b), guard, state.guard))
+    metrics = {
+        "loss": loss,
+        **add_derived(means),
+        "grad_norm": norm,
+        **{f"grad_norm/{name}": optax.tree.norm(gradient) for name, gradient in gradients.items()},
+        "update_norm": optax.tree.norm(updates),
+        **{f"update_norm/{name}": optax.tree.norm(update) for name, update in updates.items()},
+        # The optimizer has counted the applied updates only.
+        "learning_rate": optimizers.learning_rate(config, stage.steps)(state.step - skipped),
+        "finite": finite,
+    }
+    if guard is not None:
+        metrics |= {"grad_norm_average": state.guard.norm, "skipped": new.guard.skipped}
+    return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
 def make_train_step(
-    terms: TermsFn,
-    optimizer: optax.GradientTransformation,
-    config: OptimizerConfig,
-    trained: tuple[str, ...],
+    stage: Stage,
     target: TrainState,
     mesh: Mesh,
     *,
-    steps: int,
     seed: int,
     first_step: int = 0,
     rules: sharding.Rules = sharding.RULES,
@@ -122,66 +157,28 @@ def make_train_step(
     """The jitted ``(state, batch) -> (state, metrics)``; the state's buffers are donated.
 
     An update is bad if the loss or the norm of its gradient is not finite, or if the norm is above
-    ``config.spike_factor`` times its running average. A bad update is skipped (only the step is counted) if no more
-    than ``config.max_skipped`` before it were; otherwise the state stays as it was, step included, now and in later
+    ``spike_factor`` times its running average. A bad update is skipped (only the step is counted) if no more
+    than ``max_skipped`` before it were; otherwise the state stays as it was, step included, now and in later
     calls (`TrainState.finite`), and the metrics are those of the step that failed.
 
     Args:
-      terms: ``(params, batch, keys, reference) -> {name: Term}``; noise comes from ``keys`` alone.
-      optimizer: over the trained groups, from `optimizer.create`.
-      config: accumulation, moving average, rates (for the report).
-      trained: the groups that have gradients.
+      stage: its terms, whose noise comes from their keys alone; its optimizer and groups.
       target: from `state.abstract`: where the state lives.
       mesh: the devices.
-      steps: of the stage.
       seed: of the run.
-      first_step: added to the step in the keys, so that stage 2 does not draw what stage 1 drew.
+      first_step: added to the step in the keys, so that a stage does not draw what an earlier one drew.
       rules: from `sharding.make_rules`, for the activations.
 
     Returns:
       The function. Metrics are float32 scalars: the loss, the mean of every term, "grad_norm" (before clipping) and
-      "update_norm" with their parts "<norm>/<group>", "learning_rate", "finite" (1, or 0 if training cannot go on);
+      "update_norm" with their parts "<norm>/<group>", "learning_rate", "finite" (1, or 0 if training cannot continue);
       with a guard "grad_norm_average" before this step and "skipped", the updates skipped so far.
     """
-    rate = optimizers.learning_rate(config, steps)
-
-    def step_fn(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        keys = rng.key(seed, "train", state.step + first_step, sample=jnp.arange(batch["tokens"].shape[0]))
-        active, frozen = optimizers.split_groups(state.params, trained)
-        loss, means, gradients = _loss_and_gradients(
-            terms, active, frozen, batch, keys, state.reference, config.accumulation
-        )
-        norm = optax.tree.norm(gradients)
-        apply, go_on, guard = _judge(state.guard, jnp.isfinite(loss) & jnp.isfinite(norm), norm, config)
-        finite = state.finite & go_on
-        updates, opt_state = optimizer.update(gradients, state.opt_state, active)
-        active = optax.apply_updates(active, updates)
-        ema = state.ema if state.ema is None else _moving_average(state.ema, active, config.ema, state.step)
-        params = {"params": {**frozen, **active}}
-        new = state.replace(params=params, opt_state=opt_state, ema=ema)
-        new = jax.tree.map(lambda a, b: jnp.where(finite & apply, a, b), new, state)
-        new = new.replace(step=state.step + finite, finite=finite)
-        skipped = 0
-        if guard is not None:
-            skipped = state.guard.skipped
-            new = new.replace(guard=jax.tree.map(lambda a, b: jnp.where(finite, a, b), guard, state.guard))
-        metrics = {
-            "loss": loss,
-            **add_derived(means),
-            "grad_norm": norm,
-            **{f"grad_norm/{name}": optax.tree.norm(gradient) for name, gradient in gradients.items()},
-            "update_norm": optax.tree.norm(updates),
-            **{f"update_norm/{name}": optax.tree.norm(update) for name, update in updates.items()},
-            "learning_rate": rate(state.step - skipped),  # the optimizer has counted the applied updates only
-            "finite": finite,
-        }
-        if guard is not None:
-            metrics |= {"grad_norm_average": state.guard.norm, "skipped": new.guard.skipped}
-        return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+    update = functools.partial(_update, stage, optimizers.create(stage), seed, first_step)
 
     def traced(state, batch):
         with sharding.activate(mesh, rules):
-            return step_fn(state, batch)
+            return update(state, batch)
 
     homes = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(
@@ -193,15 +190,15 @@ def make_train_step(
 
 
 def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int, rules: sharding.Rules = sharding.RULES):
-    """The jitted ``(params, reference, batch, index) -> {name: Term}`` with each term summed over the batch.
+    """The jitted ``(params, frozen, batch, index) -> {name: Term}`` with each term summed over the batch.
 
     The noise of held-out batch ``index`` is the same at every evaluation.
     """
 
-    def eval_step(params: Params, reference: Params | None, batch: dict, index: jax.Array) -> dict[str, Term]:
+    def eval_step(params: Params, frozen: Mapping[str, Params], batch: dict, index: jax.Array) -> dict[str, Term]:
         keys = rng.key(seed, "evaluate", index, sample=jnp.arange(batch["tokens"].shape[0]))
         with sharding.activate(mesh, rules):
-            found = terms(params, batch, keys, reference)
+            found = terms(params, batch, keys, frozen)
         return {name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))

@@ -82,6 +82,7 @@ def newest_valid(
     load: Callable[[Path], Any],
     report: Callable[[str], None],
     verify: Callable[[Any], str | None] = lambda _: None,
+    steps: list[int] | None = None,
 ):
     """``(step, load(path of the step))`` of the newest step that all processes can read, or None; reports the others.
 
@@ -91,11 +92,12 @@ def newest_valid(
         collective operation: one process may fail alone.
       report: called with one line for each step that is skipped.
       verify: what is wrong with what was loaded, or None; all processes come to the same result together.
+      steps: which to try, newest first; None: all.
 
     Raises:
       UserError: the processes do not see the same steps; or from ``load``.
     """
-    steps = step_directories(directory)
+    steps = step_directories(directory) if steps is None else steps
     if not distributed.same(steps):
         raise UserError(f"checkpoint {directory}: must be a directory that all processes see; their steps differ")
     hook = sys.unraisablehook
@@ -133,15 +135,19 @@ def read_meta(path: Path) -> dict:
     return meta["body"]
 
 
-def read_arrays(path: Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_arrays(path: Path, target: dict[str, jax.ShapeDtypeStruct], partial: bool = False) -> dict[str, jax.Array]:
     """The arrays of one item of a step by name, not yet verified; raises if a file is damaged.
 
     Each process reads what its own devices hold. The handler alone: a `Checkpointer` would then wait for the other
-    processes, of which one may have failed.
+    processes, of which one may have failed. ``partial``: the item holds more arrays than the target.
     """
-    handler = ocp.StandardCheckpointHandler()
+    handler = ocp.PyTreeCheckpointHandler() if partial else ocp.StandardCheckpointHandler()
+    args = ocp.args.StandardRestore(target)
+    if partial:
+        how = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for n, x in target.items()}
+        args = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
     try:
-        return handler.restore(path, args=ocp.args.StandardRestore(target))
+        return handler.restore(path, args=args)
     finally:
         handler.close()
 

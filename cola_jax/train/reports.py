@@ -9,64 +9,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import tensorboardX
 
 from cola_jax.config import Config
+from cola_jax.families.interface import Stage
 from cola_jax.train import devices
 
 _HIDDEN = ("learning_rate", "latent_signal", "latent_noise")  # not on the console line, nor norms
-
-
-def _vae_flops(config: Config) -> tuple[float, float, float]:
-    """Forward FLOPs per token of encoder, decoder without its head, and head."""
-    vae, latents = config.vae, config.data.sequence_length // config.vae.patch_size
-    layer = 2 * (4 * vae.dim**2 + 3 * vae.dim * (vae.ffn_dim // 2)) + 2 * latents * vae.dim
-    heads = 2 * vae.dim * 2 * vae.latent_dim
-    encoder = vae.encoder_layers * layer + 2 * vae.patch_size * vae.dim**2 + heads
-    decoder = vae.decoder_layers * layer + 2 * vae.latent_dim * vae.dim + 2 * vae.patch_size * vae.dim**2
-    return encoder / vae.patch_size, decoder / vae.patch_size, 2.0 * vae.dim * vae.vocab_size
-
-
-def _dit_flops(config: Config) -> float:
-    """Forward FLOPs per token of the DiT: one clean pass and the noisy copies."""
-    dit, latents = config.dit, config.data.sequence_length // config.vae.patch_size
-    width = dit.num_heads * dit.head_dim
-    layer = 2 * (4 * dit.dim * width + 2 * dit.mlp_ratio * dit.dim**2) + 2 * latents * width
-    copies = config.stage2.noise_copies
-    passes = (1 + copies) * (dit.num_layers * layer + 2 * 2 * dit.latent_dim * dit.dim)
-    # Modulations are computed once per distinct time, not per latent.
-    times = 1 + copies * (latents // dit.block_size if config.stage2.time_per == "block" else 1)
-    modulation = times / latents * dit.num_layers * 2 * 6 * dit.dim * dit.time_dim
-    return (passes + modulation) / config.vae.patch_size
-
-
-def flops_per_token(config: Config, stage: int) -> float:
-    """Estimated FLOPs of a training step per token of the batch.
-
-    A matrix multiplication costs 2 FLOPs per weight forward and 4 backward for every position that passes through
-    it; frozen parts count forward only. Causal attention adds ``4 * (N / 2) * width`` per position and layer
-    forward. The mask pass needs the vocabulary head at the masked positions only. Norms, softmax and rematerialised
-    work are left out.
-
-    Args:
-      config: with ``vae.vocab_size`` known.
-      stage: 1 or 2.
-    """
-    encoder, decoder, head = _vae_flops(config)
-    settings = config.stage1 if stage == 1 else config.stage2
-    vae = encoder + decoder + head
-    if settings.mask_weight:
-        vae += encoder + decoder + settings.mask_ratio * head
-    if stage == 1:
-        return 3 * vae
-    if config.stage2.strategy == "fix_vae":
-        return encoder + 3 * _dit_flops(config)
-    reference = encoder if config.stage2.reference_weight else 0.0
-    return 3 * (vae + _dit_flops(config)) + reference
 
 
 def truncate(path: Path, stage: int, step: int) -> None:
@@ -129,7 +82,7 @@ class Cost:
     """What a stage computes (model FLOPs: nothing that is computed again counts).
 
     Attributes:
-      flops_per_token: from `flops_per_token`.
+      flops_per_token: of a training step (`Stage.flops_per_token`).
       tokens_per_step: of a batch, padding included.
       flops_before: of the stages before.
       peak_flops: FLOP/s of all devices of the mesh together; 0 if it is not known.
@@ -140,13 +93,28 @@ class Cost:
     flops_before: float = 0.0
     peak_flops: float = 0.0
 
+    def exaflops(self, step: int) -> float:
+        """What the run has computed after a step of this stage, in 10^18 FLOPs."""
+        return (self.flops_before + step * self.tokens_per_step * self.flops_per_token) / 1e18
 
-def cost(config: Config, stage: int, device_count: int) -> Cost:
-    """The `Cost` of a stage of a run on ``device_count`` devices."""
+    def step_at(self, exaflops: float) -> int:
+        """The first step after which the run has computed as much; 0 or less if earlier stages did."""
+        return math.ceil((exaflops * 1e18 - self.flops_before) / (self.tokens_per_step * self.flops_per_token) - 1e-9)
+
+
+def cost(config: Config, stages: Sequence[Stage], index: int, device_count: int) -> Cost:
+    """The `Cost` of stage ``index`` of a run on ``device_count`` devices."""
     tokens = config.data.batch_size * config.data.sequence_length
-    before = config.stage1.steps * tokens * flops_per_token(config, 1) if stage == 2 else 0.0
+    before = sum(stage.steps * tokens * stage.flops_per_token for stage in stages[:index])
     peak = config.train.peak_flops or devices.peak_flops(jax.devices()[0].device_kind)
-    return Cost(flops_per_token(config, stage), tokens, before, peak * device_count)
+    return Cost(stages[index].flops_per_token, tokens, before, peak * device_count)
+
+
+def milestones(config: Config, stages: Sequence[Stage], index: int) -> set[int]:
+    """Steps of stage ``index`` whose checkpoints are kept for good (`config.train.milestone_*`)."""
+    total, asked = stages[index].steps, cost(config, stages, index, 1)
+    steps = {*config.train.milestone_steps, *map(asked.step_at, config.train.milestone_exaflops)}
+    return {step for step in steps if 1 <= step <= total}
 
 
 class Clock:
@@ -216,8 +184,8 @@ class Writer:
     """Writes the reports of one stage, from the step at which it starts or resumes.
 
     Args:
-      workdir: holds the files of both stages.
-      stage: 1 or 2.
+      workdir: holds the files of all stages.
+      stage: its number, from 1.
       first_step: the step that was restored; later lines of an earlier process are dropped.
       total_steps: of the stage.
       cost: of the stage.
@@ -261,7 +229,7 @@ class Writer:
         if not self._active:
             return
         values = _loss_first(values)
-        self._append("metrics", step, kind="train", **values)
+        self._append("metrics", step, kind="train", **values, exaflops=self._cost.exaflops(step))
         self._scalars(step, "train", values)
         shown = [f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name)]
         if lap is not None and lap.seconds > 0 and lap.steps:
@@ -280,8 +248,7 @@ class Writer:
             "flops_per_second": rate * cost.flops_per_token,
             "step_seconds": lap.seconds / lap.steps,
             "data_wait_share": lap.waited / lap.seconds,
-            "exaflops": (self._cost.flops_before + step * self._cost.tokens_per_step * self._cost.flops_per_token)
-            / 1e18,
+            "exaflops": cost.exaflops(step),
             **devices.memory(),
         }
         if cost.peak_flops:
@@ -305,7 +272,7 @@ class Writer:
         if not self._active:
             return
         values = _loss_first(values)
-        self._append("metrics", step, kind="holdout", **values)
+        self._append("metrics", step, kind="holdout", **values, exaflops=self._cost.exaflops(step))
         self._scalars(step, "holdout", values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name))
         self._say(f"stage {self._stage}  step {step}/{self._total}  held out: {shown}")

@@ -1,0 +1,174 @@
+"""Evaluations of a run by name, and the report that closes a run."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from cola_jax import rng, runs, sharding
+from cola_jax.config import Config, TrainConfig
+from cola_jax.data import corpora, packing, pipeline
+from cola_jax.data.stories import Stories
+from cola_jax.evaluation import stories
+from cola_jax.evaluation.proportion import Proportion
+from cola_jax.likelihood.rows import stack
+from cola_jax.runs import Run
+from cola_jax.train.experiment import data_seed
+from cola_jax.train.trainer import HeldOut
+from cola_jax.types import UserError
+
+Log = Callable[[str], None]
+# (run, seed, log) -> what goes into the report
+Evaluator = Callable[[Run, int, Log], dict]
+
+_LIKELIHOOD_ROWS = 64  # scored at a time
+
+
+def reconstruction(run: Run, seed: int, log: Log) -> dict:
+    """Share of held-out tokens that the decoder recovers from one posterior sample of their latents."""
+    data, count = run.config.data, run.config.evaluation.count
+    batches = itertools.islice(pipeline.create(data, run.tokenizer, "holdout", seed), -(-count // data.batch_size))
+    right = total = 0
+    for index, batch in enumerate(batches):
+        keys = rng.key(seed, "evaluate", index, np.arange(len(batch["tokens"])))
+        r, t = run.family.reconstruct(run.model, run.params, batch, keys)
+        right, total = right + int(r), total + int(t)
+    found = Proportion(right, total)
+    log(f"held-out reconstruction accuracy {found} of {found.total} tokens")
+    return {"reconstruction": found.mean, "reconstruction_interval": found.interval}
+
+
+def held_out(run: Run, seed: int, log: Log) -> dict:
+    """Loss and terms of the last stage over held-out batches: for Cola the flow loss, for AR the cross-entropy."""
+    del seed  # the batches and draws are those of the evaluations in training
+    config = run.config
+    stages = run.family.stages(run.model, config)
+    number = max(i for i, stage in enumerate(stages) if stage.steps or i == len(stages) - 1) + 1
+    mesh = sharding.make_mesh(TrainConfig(mesh_data=1), jax.local_devices()[:1])
+    evaluate = HeldOut(stages[number - 1], mesh, config.seed, sharding.make_rules(config.train.axes))
+    dataset = pipeline.create(config.data, run.tokenizer, "holdout", data_seed(config.data_seed, number))
+    batches = evaluate.read(dataset, -(-config.evaluation.count // config.data.batch_size))
+    found = evaluate(run.params, {}, batches)
+    log("held out: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return {"held_out": found}
+
+
+def generated_stories(run: Run, seed: int, log: Log) -> dict:
+    """Validity and coherence of generated stories."""
+    return {"generation": stories.report(run, run.config.evaluation.count, seed, log)}
+
+
+def likelihood(run: Run, seed: int, log: Log) -> dict:
+    """``-log p(x)`` of held-out documents, nats per token; on `stories` beside the corpus's exact entropy."""
+    config, settings = run.config, run.family.score_settings()
+    documents = corpora.documents(config.data, "holdout", config.data_seed)
+    chosen = [documents[i] for i in range(min(config.evaluation.count, len(documents)))]
+    ids = [
+        packing.document_tokens(text, run.tokenizer, config.data.align)[: config.data.sequence_length]
+        for text in chosen
+    ]
+    log_prob, key = [], rng.key(seed, "likelihood")
+    for start in range(0, len(ids), _LIKELIHOOD_ROWS):
+        chunk = ids[start : start + _LIKELIHOOD_ROWS]
+        tokens, segments = stack([row.tolist() for row in chunk], config.data.sequence_length)
+        scores = run.family.score(run.model, run.params, tokens, segments, settings, jax.random.fold_in(key, start))
+        log_prob.append(np.asarray(scores.log_prob))
+    counted = np.array([len(run.tokenizer.encode(text)) + 1 for text in chosen])  # and one end of text
+    rate, error = per_token(-np.concatenate(log_prob), counted)
+    name = "-log p(x)" if scores.bound == "exact" else "bound on -log p(x)"
+    found = {"nats_per_token": rate, "error": error, "bound": scores.bound, "documents": len(chosen)}
+    line = f"held out: {name} {rate:.4f} +- {error:.4f} nats a token"
+    if config.data.corpus == "stories":
+        known = Stories(config.data.stories)
+        entropy, spread = per_token(-np.array([known.log_prob(text) for text in chosen]), counted)
+        found |= {"entropy": entropy, "entropy_error": spread}
+        line += f"; exact entropy of the same stories {entropy:.4f} +- {spread:.4f}"
+    log(f"{line} ({len(chosen)} documents)")
+    return {"likelihood": found}
+
+
+def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """``sum(values) / sum(tokens)`` over texts, with the standard error of a ratio of means."""
+    ratio, count = values.sum() / tokens.sum(), len(values)
+    spread = np.sqrt(np.sum(np.square(values - ratio * tokens)) / max(count - 1, 1) / count)
+    return float(ratio), float(spread / tokens.mean())
+
+
+def perplexity(run: Run, seed: int, log: Log) -> dict:
+    """Generative perplexity: ``exp(-log p / tokens)`` of generated texts under another run, the scorer."""
+    path, count = run.config.evaluation.scorer, run.config.evaluation.count
+    if not path:
+        raise UserError("config.evaluation.scorer = '': must name the run that scores generated texts")
+    scorer = runs.load(path, flag="config.evaluation.scorer")
+    scorer.family.check_scorable(scorer.model, scorer.params)
+    texts = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
+    limit, align = scorer.config.data.sequence_length, scorer.config.data.align
+    ids = [packing.document_tokens(text, scorer.tokenizer, align)[:limit].tolist() for text in texts]
+    log_prob, key = [], rng.key(seed, "likelihood")
+    for start in range(0, len(ids), _LIKELIHOOD_ROWS):
+        tokens, segments = stack(ids[start : start + _LIKELIHOOD_ROWS], limit)
+        scores = scorer.family.score(
+            scorer.model,
+            scorer.params,
+            tokens,
+            segments,
+            scorer.family.score_settings(),
+            jax.random.fold_in(key, start),
+        )
+        log_prob.append(np.asarray(scores.log_prob))
+    counted = np.array([len(scorer.tokenizer.encode(text)) + 1 for text in texts])
+    rate, error = per_token(-np.concatenate(log_prob), counted)
+    log(f"generative perplexity under {path}: {math.exp(rate):.3f} ({rate:.4f} +- {error:.4f} nats a token)")
+    return {"perplexity": {"value": math.exp(rate), "nats_per_token": rate, "error": error, "scorer": path}}
+
+
+EVALUATORS: Mapping[str, Evaluator] = {
+    "reconstruction": reconstruction,
+    "stories": generated_stories,
+    "held_out": held_out,
+    "likelihood": likelihood,
+    "perplexity": perplexity,
+}
+
+
+def names(config: Config, family) -> tuple[str, ...]:
+    """The evaluators of a run: those of its config, or those that suit its family and corpus and are quick.
+
+    Raises:
+      UserError: one that does not exist, or that the family or the corpus cannot have.
+    """
+    on_stories = config.data.corpus == "stories"
+    if not config.evaluation.evaluators:
+        suiting = {
+            "reconstruction": family.reconstruct is not None,
+            "stories": on_stories,
+            "held_out": not on_stories,
+            "likelihood": family.bound == "exact",
+            "perplexity": bool(config.evaluation.scorer),
+        }
+        return tuple(name for name, suits in suiting.items() if suits)
+    for name in config.evaluation.evaluators:
+        where = f"config.evaluation.evaluators = {config.evaluation.evaluators!r}"
+        if name not in EVALUATORS:
+            raise UserError(f"{where}: {name!r} must be one of {', '.join(EVALUATORS)}")
+        if name == "reconstruction" and family.reconstruct is None:
+            raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} has not")
+        if name == "stories" and not on_stories:
+            raise UserError(f"{where}: 'stories' needs config.data.corpus = 'stories'")
+        if name == "perplexity" and not config.evaluation.scorer:
+            raise UserError(f"{where}: 'perplexity' needs config.evaluation.scorer, the run that scores")
+    return tuple(config.evaluation.evaluators)
+
+
+def report(run: Run, seed: int, log: Log) -> dict:
+    """What the run's evaluators find, together; see `EVALUATORS`."""
+    found, chosen = {}, names(run.config, run.family)
+    for index, name in enumerate(chosen):
+        start = time.monotonic()
+        log(f"evaluation {index + 1} of {len(chosen)}: {name}")
+        found |= EVALUATORS[name](run, seed, log)
+        log(f"evaluation {index + 1} of {len(chosen)}: {name} took {time.monotonic() - start:.0f} s")
+    return found

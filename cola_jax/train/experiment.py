@@ -1,0 +1,64 @@
+"""What a run trains: the model and stages of its family, and its data."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cola_jax import families
+from cola_jax.config import Config
+from cola_jax.data import pipeline, tokenizers
+from cola_jax.families.interface import Stage
+from cola_jax.train import distributed
+from cola_jax.types import Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run trains; tests put a toy in the place of the model.
+
+    Attributes:
+      config: with everything resolved (the vocabulary size).
+      init: variables of the whole model from a key, boxed with logical axes.
+      stages: in their order.
+      dataset: ``(split, seed) -> grain.IterDataset`` of batches, the same in every process.
+      fingerprint: ``seed -> dict``, what defines the order of the data.
+      model, tokenizer: for the sampler.
+    """
+
+    config: Config
+    init: Callable[[Key], Params]
+    stages: Sequence[Stage]
+    dataset: Callable[[str, int], Any]
+    fingerprint: Callable[[int], dict]
+    model: Any = None
+    tokenizer: Any = None
+
+
+def build(config: Config, workdir: Path) -> Experiment:
+    """The experiment of a config; trains the tokenizer if the run has none yet.
+
+    Raises:
+      UserError: see the tokenizers and the corpora.
+    """
+    tokenizer = distributed.first(lambda: tokenizers.create(config.data, workdir / "tokenizer.model"))
+    family = families.of(config)
+    config = family.resolve(config, tokenizer.vocab_size)
+    model = family.model(config)
+    return Experiment(
+        config=config,
+        init=family.init(model, config),
+        stages=family.stages(model, config),
+        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed),
+        fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
+        model=model,
+        tokenizer=tokenizer,
+    )
+
+
+def data_seed(seed: int, stage: int) -> int:
+    """The seed of the order of the data in a stage (counted from 1); the stages do not see the same order."""
+    return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])

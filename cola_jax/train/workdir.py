@@ -1,0 +1,77 @@
+"""The directory that belongs to one run alone."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+from cola_jax import config as configs
+from cola_jax import families, nested
+from cola_jax.config import Config
+from cola_jax.train import distributed, reports
+from cola_jax.types import UserError
+
+# Where and how a run is computed, what is kept and how it is evaluated: these may change from one start to the next.
+_FREE_FIELDS = (
+    *(f"train.mesh_{axis}" for axis in configs.MESH_AXES),
+    *("train.hang_timeout", "train.peak_flops", "train.keep_checkpoints"),
+    *("train.milestone_steps", "train.milestone_exaflops", "evaluation"),
+)
+
+
+def claim(config: Config, workdir: Path) -> None:
+    """Writes `config.json`, or checks that the run in this directory has the same config.
+
+    The mesh may differ, how long a step may take, which checkpoints are kept and how the run is evaluated.
+
+    Raises:
+      UserError: another config; names each field that differs. Nothing is touched. Or the directory cannot be
+        written.
+    """
+    distributed.first(functools.partial(_claim, config, workdir))
+
+
+def read_config(workdir: Path) -> dict:
+    """The config of the run in a directory, as its `config.json` holds it.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a JSON file ({error}); it must be the file that the run wrote") from error
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    now = json.loads(json.dumps(configs.to_dict(config)))
+    if (workdir / "config.json").exists():
+        _check(read_config(workdir), now, workdir)
+    elif jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            reports.write_atomically(workdir / "config.json", json.dumps(now, indent=2).encode() + b"\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--workdir = {workdir}: must be a directory that can be written ({reason})") from error
+    else:
+        raise UserError(f"--workdir = {workdir}: must be a directory that all processes see")
+
+
+def _check(saved: dict, now: dict, workdir: Path) -> None:
+    """Raises UserError for fields that differ; one that did not exist when the run began had today's default."""
+    family = saved.get("family", families.DEFAULT)
+    if family != now["family"]:
+        raise UserError(f"{workdir}: holds a run of family {family!r}, not {now['family']!r}; choose another --workdir")
+    default = json.loads(json.dumps(families.default(family)))
+    before = {**nested.leaves(default), **nested.leaves({**saved, "family": family})}
+    changes = [
+        difference
+        for difference in nested.differences(before, nested.leaves(now))
+        if not difference.name.startswith(_FREE_FIELDS)
+    ]
+    if changes:
+        shown = ", ".join(map(str, changes))
+        raise UserError(f"{workdir}: holds a run with another config ({shown}); choose another --workdir")
