@@ -8,9 +8,5 @@ import ml_collections
 from cola_jax import families
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(families.default())
-    # None says "learnable" or "off"; the command line may replace it with a number.
-    config.vae.logsnr = ml_collections.config_dict.placeholder(float)
-    config.vae.clip_qkv = ml_collections.config_dict.placeholder(float)
-    return config
+def get_config(family: str = "cola") -> ml_collections.ConfigDict:
+    return families.default_config(family)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import ml_collections
 import pytest
@@ -53,6 +54,49 @@ def test_an_integer_is_a_float_but_not_the_other_way_round():
         families.parse(nested("stage1.steps", 10.0))
 
 
+def test_a_list_is_a_tuple_and_becomes_a_list_in_json():
+    config = families.parse({"train": {"milestone_steps": [5, 10], "milestone_exaflops": [1, 2.5]}})
+    assert config.train.milestone_steps == (5, 10)
+    assert config.train.milestone_exaflops == (1.0, 2.5) and isinstance(config.train.milestone_exaflops[0], float)
+    saved = json.loads(json.dumps(configs.to_dict(config)))
+    assert saved == configs.to_dict(config) and families.parse(saved) == config
+
+
+@pytest.mark.parametrize("source", ["runs/x", {"vae": "runs/x"}, {"vae": "runs/x", "dit": "released"}])
+def test_a_run_begins_from_all_or_some_groups(source):
+    assert families.parse({"train": {"init_from": source}, "stage1": {"steps": 0}}).train.init_from == source
+
+
+def test_a_prior_alone_is_no_stage_1():
+    with pytest.raises(UserError, match="config.stage1.steps = 0: must be at least 1"):
+        families.parse({"train": {"init_from": {"dit": "runs/x"}}, "stage1": {"steps": 0}})
+
+
+def test_the_data_have_the_run_s_seed_unless_they_have_their_own():
+    assert families.parse({"seed": 3}).data_seed == 3
+    assert families.parse({"seed": 3, "data": {"seed": 0}}).data_seed == 0
+
+
+def test_a_config_that_was_saved_before_there_were_these_fields_parses():
+    saved = json.loads(json.dumps(configs.to_dict(families.cola.ColaConfig(seed=7))))
+    del saved["family"], saved["data"]["seed"], saved["evaluation"]
+    del saved["train"]["milestone_steps"], saved["train"]["milestone_exaflops"]
+    assert families.parse(saved) == families.cola.ColaConfig(seed=7)
+
+
+def test_a_config_dict_takes_every_type_of_a_field():
+    config = families.default_config()
+    assert families.parse(config) == families.cola.ColaConfig()
+    config.vae.logsnr, config.data.seed, config.train.milestone_steps = 2, 3, [1, 2]
+    for source in ("runs/x", {"vae": "runs/x"}):
+        config.train.init_from = source
+        parsed = families.parse(config)
+        assert (parsed.vae.logsnr, parsed.data.seed, parsed.train.milestone_steps) == (2.0, 3, (1, 2))
+        assert parsed.train.init_from == source
+    with pytest.raises(TypeError):
+        config.data.seed = "many"
+
+
 # field, value, part of what is allowed, and other fields that the value is at odds with.
 INVALID = [
     ("seed", -1, "at least 0", {}),
@@ -65,8 +109,8 @@ INVALID = [
     ("data.num_stories", 0, "at least 1", {}),
     ("data.num_workers", -1, "at least 0", {}),
     ("data.vocab_size", 299, "at least 300", {}),
-    ("data.holdout", 0.0, "between 0 and 1", {}),
-    ("data.holdout", 1.0, "between 0 and 1", {}),
+    ("data.holdout", 0.0, "above 0 and below 1", {}),
+    ("data.holdout", 1.0, "above 0 and below 1", {}),
     ("data.align", 5, "a divisor of data.sequence_length = 64", {}),
     ("data.stories.values", -1, "at least 0", {}),
     ("data.stories.min_sentences", 1, "from 2 to 6", {}),
@@ -79,9 +123,9 @@ INVALID = [
     ("vae.num_heads", 3, "a divisor of dim = 64", {}),
     ("vae.num_heads", 64, "even", {}),
     ("vae.ffn_dim", 9, "an even number", {}),
-    ("vae.scale", 0.0, "any number but 0", {}),
-    ("vae.normalize_mean", False, "True where vae.logsnr is fixed", {"vae": {"logsnr": 1.0}}),
-    ("vae.variational", False, "True where vae.logsnr is fixed", {"vae": {"logsnr": 1.0}}),
+    ("vae.scale", 0.0, "a number that is not 0", {}),
+    ("vae.normalize_mean", False, "True where logsnr is fixed", {"vae": {"logsnr": 1.0}}),
+    ("vae.variational", False, "True where logsnr is fixed", {"vae": {"logsnr": 1.0}}),
     ("vae.block_size", 3, "a divisor of dit.block_size = 8", {"vae": {"attention": "block_causal"}}),
     ("dit.latent_dim", 8, "vae.latent_dim = 16", {}),
     ("dit.num_layers", 0, "at least 1", {}),
@@ -113,14 +157,14 @@ INVALID = [
     ),
     ("stage2.time_distribution", "normal", "'logit_normal', 'uniform'", {}),
     ("stage2.time_per", "token", "'block', 'sequence'", {}),
-    ("stage2.time_scale", 0.0, "a positive number", {}),
+    ("stage2.time_scale", 0.0, "above 0", {}),
     ("stage2.noise_copies", 0, "at least 1", {}),
     ("stage2.prompt_blocks", 1.1, "from 0 to 1", {}),
     ("stage2.entropy_weight", -1.0, "at least 0", {}),
-    ("optimizer1.learning_rate", 0.0, "a positive number", {}),
-    ("optimizer2.learning_rate", float("nan"), "a positive number", {}),
-    ("optimizer2.clip_norm", 0.0, "a positive number", {}),
-    ("optimizer2.beta2", 1.0, "from 0 to below 1", {}),
+    ("optimizer1.learning_rate", 0.0, "above 0", {}),
+    ("optimizer2.learning_rate", float("nan"), "a finite number", {}),
+    ("optimizer2.clip_norm", 0.0, "above 0", {}),
+    ("optimizer2.beta2", 1.0, "at least 0 and below 1", {}),
     ("optimizer1.warmup_steps", -1, "at least 0", {}),
     ("optimizer1.accumulation", 5, "a divisor of data.batch_size = 32", {}),
     ("optimizer2.accumulation", 0, "at least 1", {}),
@@ -128,9 +172,27 @@ INVALID = [
     ("train.keep_checkpoints", 0, "at least 1", {}),
     ("train.init_from", "x", "''", {"stage1": {"steps": 0}, "stage2": {"strategy": "scratch", "reference_weight": 0}}),
     ("train.compute_dtype", "float16", "'float32', 'bfloat16'", {}),
+    ("vae.logsnr", float("nan"), "None or a finite number", {}),
+    ("vae.shift", float("-inf"), "a finite number", {}),
+    ("vae.norm_eps", 0.0, "above 0", {}),
+    ("vae.clip_qkv", 0.0, "None or above 0", {}),
+    ("dit.norm_eps", 0.0, "above 0", {}),
+    ("optimizer1.eps", 0.0, "above 0", {}),
+    ("optimizer1.initial_learning_rate", 0.01, "at most learning_rate = 0.003", {}),
+    ("optimizer2.final_learning_rate", 0.01, "at most learning_rate = 0.003", {}),
+    ("optimizer1.clip_norm", float("inf"), "a finite number", {}),
+    ("optimizer1.spike_factor", 0.5, "0 or a number above 1", {}),
+    ("data.seed", -1, "None or at least 0", {}),
+    ("train.init_from", {"vae": 3}, "a path, or a path for each of some groups", {}),
+    ("train.init_from", {"dit": "x"}, "''", {"stage1": {"steps": 0}, "stage2": {"strategy": "scratch"}}),
+    ("train.milestone_steps", (5, 0), "each at least 1", {}),
+    ("train.milestone_exaflops", (0.0,), "each above 0", {}),
+    ("train.milestone_exaflops", (1.0, float("nan")), "a finite number", {}),
+    ("evaluation.count", 0, "at least 1", {}),
+    ("sample.temperature", 1e9, "from 0 to 100", {}),
     ("sample.steps", 0, "at least 1", {}),
     ("sample.guidance_scale", -1.0, "at least 0", {}),
-    ("sample.repetition_penalty", 0.0, "a positive number", {}),
+    ("sample.repetition_penalty", 0.0, "above 0", {}),
 ]
 
 
@@ -160,6 +222,12 @@ def test_only_one_mesh_axis_takes_what_is_left():
         ("data.files", 3, "str"),
         ("stage2.time_loc", "1.0", "float"),
         ("data.stories.aligned", "yes", "bool"),
+        ("data.seed", 1.5, "int"),
+        ("train.init_from", 3, "str or dict"),
+        ("train.init_from", None, "str or dict"),
+        ("train.milestone_steps", 3, "tuple[int, ...]"),
+        ("train.milestone_steps", (1, 2.5), "tuple[int, ...]"),
+        ("evaluation.evaluators", "stories", "tuple[str, ...]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_told(field, value, kind):

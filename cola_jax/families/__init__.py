@@ -1,6 +1,8 @@
 """Model families by name, and the configs of all of them."""
 
 import dataclasses
+import types as python_types
+import typing
 from collections.abc import Mapping
 
 import ml_collections
@@ -57,5 +59,24 @@ def _check_groups(family: Family, plain: Mapping) -> None:
 
 
 def default(family: str = DEFAULT) -> dict:
-    """Every field of a family's config with its default, as a nested dict: what `configs/*.py` start from."""
+    """Every field of a family's config with its default, as a nested dict."""
     return to_dict(get(family).config())
+
+
+def default_config(family: str = DEFAULT) -> ml_collections.ConfigDict:
+    """The same as a ConfigDict, what `configs/*.py` start from; a field takes every type that its annotation names."""
+    return _config_dict(get(family).config())
+
+
+def _config_dict(config) -> ml_collections.ConfigDict:
+    hints = typing.get_type_hints(type(config))
+    return ml_collections.ConfigDict({name: _config_value(getattr(config, name), hints[name]) for name in hints})
+
+
+def _config_value(value, kind):
+    if dataclasses.is_dataclass(value):
+        return _config_dict(value)
+    kinds = [each for each in typing.get_args(kind) if each is not type(None)]
+    if not isinstance(kind, python_types.UnionType):
+        return value
+    return ml_collections.FieldReference(value, field_type=kinds[0] if len(kinds) == 1 else object)

@@ -15,7 +15,7 @@ from cola_jax import config as configs
 from cola_jax import likelihood, sampling
 from cola_jax.config import Config, DataConfig, OptimizerConfig
 from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
-from cola_jax.fields import require
+from cola_jax.fields import like, require, setting
 from cola_jax.likelihood import estimators, requests
 from cola_jax.models import cola, dit, text_vae
 from cola_jax.models.cola import ColaDLM
@@ -33,21 +33,18 @@ _RELEASED_CONTEXT = 512  # tokens that the released model was trained on
 class SampleConfig(configs.SampleConfig):
     """How a run of this family generates its samples and its closing report."""
 
-    steps: int = 16
-    guidance_scale: float = 2.0
-    pad_prompts: bool = False  # fill a prompt's last block with padding that the model sees, as released code does
-
-    def validate(self) -> None:
-        super().validate()
-        configs.require_at_least(1, "sample", self, "steps")
-        configs.require_at_least(0, "sample", self, "guidance_scale")
+    steps: int = like(sampling.Settings, "steps")
+    guidance_scale: float = like(sampling.Settings, "guidance_scale", 2.0)
+    pad_prompts: bool = setting(
+        False, "fill a prompt's last block with padding that the model sees, as released code does"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ColaConfig(Config):
     """A run of Cola DLM."""
 
-    family: str = "cola"
+    family: str = like(Config, "family", "cola")
     sample: SampleConfig = SampleConfig()
     vae: VAEConfig = VAEConfig()
     dit: DiTConfig = DiTConfig()
@@ -56,39 +53,38 @@ class ColaConfig(Config):
     optimizer1: OptimizerConfig = OptimizerConfig()
     optimizer2: OptimizerConfig = OptimizerConfig()
 
-    def validate(self) -> None:
-        super().validate()
-        for name in ("vae", "dit", "stage1", "stage2"):
-            getattr(self, name).validate()
-        self.optimizer1.validate("optimizer1")
-        self.optimizer2.validate("optimizer2")
+    def check_together(self, prefix: str) -> None:
+        super().check_together(prefix)
         vae, dit, data = self.vae, self.dit, self.data
         need = f"vae.latent_dim = {vae.latent_dim}"
-        require(dit.latent_dim == vae.latent_dim, "dit.latent_dim", dit.latent_dim, need)
+        require(dit.latent_dim == vae.latent_dim, f"{prefix}dit.latent_dim", dit.latent_dim, need)
         block = dit.block_size * vae.patch_size
         need = f"a multiple of dit.block_size * vae.patch_size = {block}"
-        require(data.sequence_length % block == 0, "data.sequence_length", data.sequence_length, need)
+        require(data.sequence_length % block == 0, f"{prefix}data.sequence_length", data.sequence_length, need)
         fits = vae.attention == "causal" or dit.block_size % vae.block_size == 0
-        require(fits, "vae.block_size", vae.block_size, f"a divisor of dit.block_size = {dit.block_size}")
+        need = f"a divisor of dit.block_size = {dit.block_size}"
+        require(fits, f"{prefix}vae.block_size", vae.block_size, need)
         need = f"a multiple of vae.patch_size = {vae.patch_size}"
-        require(data.align % vae.patch_size == 0, "data.align", data.align, need)
-        self.validate_accumulation("optimizer1", "optimizer2")
-        self._validate_strategy()
+        require(data.align % vae.patch_size == 0, f"{prefix}data.align", data.align, need)
+        ok = not self.stage2.history_dropout or dit.no_history_vector
+        need = "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)"
+        require(ok, f"{prefix}dit.no_history_vector", False, need)
+        self._check_strategy(prefix)
 
-    def _validate_strategy(self) -> None:
-        strategy, start = self.stage2.strategy, self.train.init_from
-        pretrained = self.stage1.steps > 0 or bool(start)
+    def _check_strategy(self, prefix: str) -> None:
+        """Where the VAE of stage 2 comes from."""
+        strategy, first, start = self.stage2.strategy, self.stage1.steps, self.train.init_from
+        pretrained = first > 0 or ("vae" in start if isinstance(start, dict) else bool(start))
         if self.stage2.steps and strategy in ("joint", "fix_vae"):
-            require(pretrained, "stage1.steps", 0, f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)")
+            need = f"at least 1 (stage2.strategy = {strategy!r} starts from stage 1)"
+            require(pretrained, f"{prefix}stage1.steps", 0, need)
         if strategy == "scratch":
-            require(not self.stage1.steps, "stage1.steps", self.stage1.steps, "0 (stage2.strategy = 'scratch')")
-            require(not start, "train.init_from", start, "'' (stage2.strategy = 'scratch')")
+            require(not first, f"{prefix}stage1.steps", first, "0 (stage2.strategy = 'scratch')")
+            require(not start, f"{prefix}train.init_from", start, "'' (stage2.strategy = 'scratch')")
         if not pretrained and strategy in ("scratch", "interval"):
             weight = self.stage2.reference_weight
-            require(weight == 0, "stage2.reference_weight", weight, "0 where there is no stage 1 to refer to")
-        ok = not self.stage2.history_dropout or self.dit.no_history_vector
-        need = "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)"
-        require(ok, "dit.no_history_vector", False, need)
+            need = "0 where there is no stage 1 to refer to"
+            require(weight == 0, f"{prefix}stage2.reference_weight", weight, need)
 
 
 def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:

@@ -5,7 +5,7 @@ import dataclasses
 import diffrax
 import jax
 
-from cola_jax.types import UserError
+from cola_jax.fields import check, require, setting
 
 SOLVERS = {
     "euler": diffrax.Euler,
@@ -21,60 +21,41 @@ SOLVERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to estimate log p(x).
+    """How to estimate log p(x)."""
 
-    Attributes:
-      samples: K, posterior samples an example.
-      solver: one of `SOLVERS`.
-      steps: fixed steps from data to noise; 0: step sizes follow the tolerances, for each block of each sample.
-      power: the fixed steps end at ``(i / steps) ** power``: above 1, they are finer near the data, where the flow of
-        a trained model changes fastest.
-      rtol, atol: tolerances of the adaptive steps, on latents and log-density (nats) together.
-      max_steps: adaptive steps, rejected ones included, after which a solve has failed.
-      divergence: "hutchinson" (3.11; unbiased, noisy), or "exact" (the trace of each block's K D x K D Jacobian).
-      probe: "rademacher" or "gaussian" probes of the Hutchinson estimator.
-      probes: probes a solve; they stay the same through it.
-      dtype: "float32" or "float64" of ODE and prior. The latter needs JAX's 64-bit mode (JAX_ENABLE_X64=1, or
-        ``with jax.enable_x64(True)``).
-      rows: most sequences (examples times samples) whose ODEs are solved at a time; bounds the memory.
-      prefix: where only a response is scored, latents of the prefix are the posterior's "mean", as in generation,
-        or a "sample".
-    """
-
-    samples: int = 1
-    solver: str = "dopri5"
-    steps: int = 0
-    power: float = 1.0
-    rtol: float = 1e-3
-    atol: float = 1e-3
-    max_steps: int = 1000
-    divergence: str = "hutchinson"
-    probe: str = "rademacher"
-    probes: int = 1
-    dtype: str = "float32"
-    rows: int = 64
-    prefix: str = "mean"
+    samples: int = setting(1, "posterior samples an example, K", at_least=1)
+    solver: str = setting("dopri5", "of the ODE from data to noise", choices=tuple(SOLVERS))
+    steps: int = setting(
+        0, "fixed steps; 0: step sizes follow the tolerances, for each block of each sample (not euler)", at_least=0
+    )
+    power: float = setting(
+        1.0, "fixed steps end at (i / steps) ** power: above 1, they are finer near the data", above=0
+    )
+    rtol: float = setting(1e-3, "relative tolerance of adaptive steps, on latents and log-density (nats)", above=0)
+    atol: float = setting(1e-3, "absolute tolerance of adaptive steps", above=0)
+    max_steps: int = setting(1000, "adaptive steps, rejected ones included, after which a solve has failed", at_least=1)
+    divergence: str = setting(
+        "hutchinson",
+        "estimated from probes (3.11; unbiased, noisy), or the trace of each block's K D x K D Jacobian",
+        choices=("hutchinson", "exact"),
+    )
+    probe: str = setting("rademacher", "distribution of Hutchinson's probes", choices=("rademacher", "gaussian"))
+    probes: int = setting(1, "probes of a solve; they stay the same through it", at_least=1)
+    dtype: str = setting("float32", "of ODE and prior; float64 needs JAX_ENABLE_X64=1", choices=("float32", "float64"))
+    rows: int = setting(64, "most sequences (examples times samples) solved at a time; bounds the memory", at_least=1)
+    prefix: str = setting(
+        "mean",
+        "latents of the prefix of a scored response: the posterior's mean, as in generation, or a sample",
+        choices=("mean", "sample"),
+    )
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
-        adaptive = not self.steps
-        checks = {
-            "samples": (self.samples >= 1, "at least 1"),
-            "solver": (self.solver in SOLVERS, "one of " + ", ".join(SOLVERS)),
-            "steps": (self.steps >= 0 and not (adaptive and self.solver == "euler"), "at least 1, or 0 (not euler)"),
-            "power": (self.power > 0, "a positive number"),
-            "rtol": (self.rtol > 0, "a positive number"),
-            "atol": (self.atol > 0, "a positive number"),
-            "max_steps": (self.max_steps >= max(self.steps, 1), "at least 1 and at least steps"),
-            "divergence": (self.divergence in ("hutchinson", "exact"), "'hutchinson' or 'exact'"),
-            "probe": (self.probe in ("rademacher", "gaussian"), "'rademacher' or 'gaussian'"),
-            "probes": (self.probes >= 1, "at least 1"),
-            "dtype": (self.dtype in ("float32", "float64"), "'float32' or 'float64'"),
-            "rows": (self.rows >= 1, "at least 1"),
-            "prefix": (self.prefix in ("mean", "sample"), "'mean' or 'sample'"),
-        }
-        for name, (ok, allowed) in checks.items():
-            if not ok:
-                raise UserError(f"likelihood {name} = {getattr(self, name)!r}: must be {allowed}")
-        if self.dtype == "float64" and not jax.config.jax_enable_x64:
-            raise UserError("likelihood dtype = 'float64': JAX must be in its 64-bit mode (JAX_ENABLE_X64=1)")
+        check(self, "likelihood ")
+
+    def check_together(self, prefix: str) -> None:
+        require(self.steps > 0 or self.solver != "euler", f"{prefix}steps", 0, "at least 1 with solver 'euler'")
+        need = f"at least steps = {self.steps}"
+        require(self.max_steps >= self.steps, f"{prefix}max_steps", self.max_steps, need)
+        ok = self.dtype != "float64" or jax.config.jax_enable_x64
+        require(ok, f"{prefix}dtype", self.dtype, "'float32' unless JAX is in its 64-bit mode (JAX_ENABLE_X64=1)")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
-from cola_jax.fields import require, require_at_least, require_choice
+from cola_jax.fields import check, require, setting
 from cola_jax.nn import attention, embeddings
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
 from cola_jax.types import Params
@@ -21,37 +21,36 @@ KV = tuple[Array, Array]
 class DiTConfig:
     """Block-causal diffusion transformer (SPEC 2, 9)."""
 
-    latent_dim: int = 16  # D
-    block_size: int = 8  # K
-    dim: int = 128
-    num_heads: int = 4
-    head_dim: int = 32
-    num_layers: int = 3
-    mlp_ratio: int = 4
-    time_dim: int = 128  # width of the time embedding that the modulations read
-    rope_dim: int = 16  # channels of a head that are rotated
-    rope_theta: float = 10_000.0
-    qkv_bias: bool = False
-    norm_eps: float = 1e-5
-    block_position: bool = False  # learned embedding of the index inside the block [ours]
-    no_history_vector: bool = False  # marks blocks whose history was dropped [ours]
-    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
-    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
-    unroll: int = 1  # layers compiled one after another; all of them: longer compilation, 13 % less work a step
+    latent_dim: int = setting(16, "channels of a latent, D; vae.latent_dim", at_least=1)
+    block_size: int = setting(8, "latents of a block, K", at_least=1)
+    dim: int = setting(128, "width of the residual stream", at_least=1)
+    num_heads: int = setting(4, "heads of attention", at_least=1)
+    head_dim: int = setting(32, "channels of a head", at_least=1)
+    num_layers: int = setting(3, "layers", at_least=1)
+    mlp_ratio: int = setting(4, "hidden width of the MLP over dim", at_least=1)
+    time_dim: int = setting(128, "width of the time embedding that the modulations read", at_least=1)
+    rope_dim: int = setting(
+        16, "channels of a head that are rotated", at_least=0, where=(lambda value: value % 2 == 0, "an even number")
+    )
+    rope_theta: float = setting(10_000.0, "base of the rotary frequencies", above=0)
+    qkv_bias: bool = setting(False, "of queries, keys and values, and of the projection behind them")
+    norm_eps: float = setting(1e-5, "added to the variance in norms", above=0)
+    block_position: bool = setting(False, "learned embedding of the index inside the block [ours]")
+    no_history_vector: bool = setting(False, "marks blocks whose history was dropped [ours]")
+    attention_kernel: str = setting("auto", "splash is for TPUs; auto: where it suits", choices=attention.KERNELS)
+    remat: str = setting(
+        "none", "what the backward pass computes again (`scan_layers`)", choices=("none", "full", "attention", "dots")
+    )
+    unroll: int = setting(
+        1, "layers compiled one after another; all of them: longer compilation, 13 % less work a step", at_least=1
+    )
 
     def validate(self) -> None:
-        require_at_least(
-            1, "dit", self, "latent_dim", "block_size", "dim", "num_heads", "head_dim", "num_layers", "mlp_ratio"
-        )
-        require_at_least(1, "dit", self, "time_dim", "unroll")
-        require_choice("dit", self, "remat", ("none", "full", "attention", "dots"))
-        require_choice("dit", self, "attention_kernel", attention.KERNELS)
-        require(
-            0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0,
-            "dit.rope_dim",
-            self.rope_dim,
-            f"an even number of at most head_dim = {self.head_dim}",
-        )
+        check(self, "config.dit.")
+
+    def check_together(self, prefix: str) -> None:
+        need = f"at most head_dim = {self.head_dim}"
+        require(self.rope_dim <= self.head_dim, f"{prefix}rope_dim", self.rope_dim, need)
 
 
 def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:

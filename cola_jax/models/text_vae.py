@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
-from cola_jax.fields import require, require_at_least, require_choice
+from cola_jax.fields import check, require, setting
 from cola_jax.nn import attention, embeddings, masks
+from cola_jax.nn.attention import KERNELS
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
 from cola_jax.types import Posterior
 
@@ -21,57 +22,59 @@ from cola_jax.types import Posterior
 class VAEConfig:
     """Text VAE (SPEC 2, 9). Options that the released checkpoints have keep their meaning and default."""
 
-    vocab_size: int = 0  # V; 0: the tokenizer's. The embedding has one more row, the mask token
-    dim: int = 64
-    ffn_dim: int = 256  # with activation "swiglu" value and gate together
-    num_heads: int = 4
-    encoder_layers: int = 1
-    decoder_layers: int = 1
-    latent_dim: int = 16  # D
-    patch_size: int = 1  # P
-    block_size: int = 8  # K, for block-causal attention
-    attention: str = "causal"  # causal | block_causal
-    post_norm: bool = True
-    qk_norm: bool = True  # over the whole width, before heads are split
-    qk_norm_affine: bool = True
-    qkv_bias: bool = False
-    bias: bool = True  # of the other linear layers; those that make and undo patches always have one
-    activation: str = "swiglu"  # swiglu | silu | gelu
-    clip_qkv: float | None = None
-    norm_affine: bool = True  # of the norm at the attention; the others always have scale and bias
-    norm_eps: float = 1e-6
-    rope_theta: float = 500_000.0
-    rope_full_precision: bool = True  # False: rotations in the compute type
-    normalize_mean: bool = True  # LayerNorm without affine on the posterior mean
-    variational: bool = True  # False: no variance head, a deterministic autoencoder (always with that LayerNorm)
-    logsnr: float | None = None  # None: learnable; a number: log(E[mean^2] / E[variance]) is fixed at it (16.2)
-    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
-    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
-    shift: float = 0.0  # latents are normalised as (z - shift) * scale
-    scale: float = 1.0
+    vocab_size: int = setting(
+        0,
+        "entries of the vocabulary, V; 0: the tokenizer's. The embedding has one more row, the mask token",
+        at_least=0,
+    )
+    dim: int = setting(64, "width of the residual stream", at_least=1)
+    ffn_dim: int = setting(256, "hidden width; activation 'swiglu': value and gate together", at_least=1)
+    num_heads: int = setting(4, "heads of attention", at_least=1)
+    encoder_layers: int = setting(1, "layers of the encoder", at_least=1)
+    decoder_layers: int = setting(1, "layers of the decoder", at_least=1)
+    latent_dim: int = setting(16, "channels of a latent, D", at_least=1)
+    patch_size: int = setting(1, "tokens of a latent, P", at_least=1)
+    block_size: int = setting(8, "latents of a block, K, for block-causal attention", at_least=1)
+    attention: str = setting("causal", "who sees whom", choices=("causal", "block_causal"))
+    post_norm: bool = setting(True, "norms stand after attention and MLP, not before")
+    qk_norm: bool = setting(True, "norm of queries and keys, over the whole width, before heads are split")
+    qk_norm_affine: bool = setting(True, "with scale and bias")
+    qkv_bias: bool = setting(False, "of queries, keys and values")
+    bias: bool = setting(True, "of the other linear layers; those that make and undo patches always have one")
+    activation: str = setting("swiglu", "of the MLP", choices=("swiglu", "silu", "gelu"))
+    clip_qkv: float | None = setting(None, "largest magnitude of queries, keys and values; None: any", above=0)
+    norm_affine: bool = setting(True, "of the norm at the attention; the others always have scale and bias")
+    norm_eps: float = setting(1e-6, "added to the variance in norms", above=0)
+    rope_theta: float = setting(500_000.0, "base of the rotary frequencies", above=0)
+    rope_full_precision: bool = setting(True, "rotations in float32; else in the compute type")
+    normalize_mean: bool = setting(True, "LayerNorm without affine on the posterior mean")
+    variational: bool = setting(
+        True, "else no variance head: a deterministic autoencoder, always with the norm of the mean"
+    )
+    logsnr: float | None = setting(None, "log(E[mean^2] / E[variance]), fixed (16.2); None: learnable")
+    attention_kernel: str = setting("auto", "splash is for TPUs; auto: where it suits", choices=KERNELS)
+    logit_chunk: int = setting(
+        64, "positions of each row whose logits exist at one time in training; 0: all", at_least=0
+    )
+    shift: float = setting(0.0, "latents are normalised as (z - shift) * scale")
+    scale: float = setting(1.0, "see shift", where=(bool, "a number that is not 0"))
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
     def validate(self) -> None:
-        require_choice("vae", self, "attention", ("causal", "block_causal"))
-        require_choice("vae", self, "attention_kernel", attention.KERNELS)
-        require_at_least(
-            1, "vae", self, "dim", "num_heads", "encoder_layers", "decoder_layers", "latent_dim", "patch_size"
-        )
-        require_at_least(1, "vae", self, "block_size")
-        require_at_least(0, "vae", self, "vocab_size", "logit_chunk")
-        require(self.dim % self.num_heads == 0, "vae.num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
-        require(self.head_dim % 2 == 0, "vae.num_heads", self.num_heads, "one that makes dim / num_heads even")
-        require_choice("vae", self, "activation", ("swiglu", "silu", "gelu"))
-        gated = self.activation == "swiglu"
-        ok = self.ffn_dim >= 2 and self.ffn_dim % 2 == 0 if gated else self.ffn_dim >= 1
-        require(ok, "vae.ffn_dim", self.ffn_dim, "an even number (value and gate)" if gated else "at least 1")
-        require(self.scale != 0, "vae.scale", self.scale, "any number but 0")
+        check(self, "config.vae.")
+
+    def check_together(self, prefix: str) -> None:
+        name, heads = f"{prefix}num_heads", self.num_heads
+        require(self.dim % heads == 0, name, heads, f"a divisor of dim = {self.dim}")
+        require(self.head_dim % 2 == 0, name, heads, "one that makes dim / num_heads even")
+        halves = self.activation != "swiglu" or self.ffn_dim % 2 == 0
+        require(halves, f"{prefix}ffn_dim", self.ffn_dim, "an even number (value and gate)")
         if self.logsnr is not None:
-            require(self.normalize_mean, "vae.normalize_mean", False, "True where vae.logsnr is fixed")
-            require(self.variational, "vae.variational", False, "True where vae.logsnr is fixed")
+            require(self.normalize_mean, f"{prefix}normalize_mean", False, "True where logsnr is fixed")
+            require(self.variational, f"{prefix}variational", False, "True where logsnr is fixed")
 
 
 # What a deterministic autoencoder reports as its log-variance: the smallest that the variance head can give.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cola_jax import rng
-from cola_jax.fields import require_at_least, require_fraction
+from cola_jax.fields import setting
 from cola_jax.flow import path
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
@@ -16,16 +16,16 @@ from cola_jax.types import Key, Params, Term
 class Stage1Config:
     """Text VAE alone (3.16)."""
 
-    steps: int = 300
-    kl_weight: float = 1e-3  # beta; the KL is summed over the D channels of a latent
-    mask_weight: float = 0.1  # lambda_mask
-    mask_ratio: float = 0.3  # share of the input tokens that is replaced by the mask token
-    noisy_decoding: float = 0.5  # share of the sequences that is decoded from z_t [ours]
-    noisy_decoding_max_time: float = 0.3  # with t uniform from 0 to this
-
-    def validate(self) -> None:
-        require_at_least(0, "stage1", self, "steps", "kl_weight", "mask_weight")
-        require_fraction("stage1", self, "mask_ratio", "noisy_decoding", "noisy_decoding_max_time")
+    steps: int = setting(300, "updates; 0: the stage is skipped", at_least=0)
+    kl_weight: float = setting(1e-3, "beta; the KL is summed over the D channels of a latent", at_least=0)
+    mask_weight: float = setting(0.1, "lambda_mask", at_least=0)
+    mask_ratio: float = setting(
+        0.3, "share of the input tokens that is replaced by the mask token", at_least=0, at_most=1
+    )
+    noisy_decoding: float = setting(
+        0.5, "share of the sequences that is decoded from z_t [ours]", at_least=0, at_most=1
+    )
+    noisy_decoding_max_time: float = setting(0.3, "with t uniform from 0 to this", at_least=0, at_most=1)
 
 
 def terms(model, stage: Stage1Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:

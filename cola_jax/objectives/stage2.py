@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cola_jax import rng
-from cola_jax.fields import require, require_at_least, require_choice, require_fraction
+from cola_jax.fields import require, setting
 from cola_jax.flow import path, schedule
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
@@ -18,36 +18,36 @@ from cola_jax.types import Key, Params, Term
 class Stage2Config:
     """VAE and DiT together (3.18, SPEC 3 and 4)."""
 
-    steps: int = 1000
-    strategy: str = "fix_vae"  # joint | fix_vae | scratch | interval
-    vae_learning_rate_ratio: float = 1.0
-    interval: int = 0  # strategy "interval": joint steps, then as many with the VAE frozen
-    vae_weight: float = 1.0  # lambda_VAE
-    entropy_weight: float = 1e-3  # beta, on E_q[log q]
-    mask_weight: float = 0.1  # lambda_mask
-    mask_ratio: float = 0.3
-    flow_weight: float = 1.0  # lambda_fm
-    reference_weight: float = 0.01  # lambda_ref
-    encoder_gradient: bool = True  # gradient of the flow-matching loss into the encoder, through z_t and the target
-    time_distribution: str = "logit_normal"  # logit_normal | uniform
-    time_loc: float = 1.0
-    time_scale: float = 1.0
-    time_per: str = "block"  # block | sequence
-    prompt_blocks: float = 0.05  # share of the blocks that keep a random proper prefix clean
-    history_dropout: float = 0.0  # share of the blocks that see no history
-    noise_copies: int = 1  # noisy copies for each clean pass
+    steps: int = setting(1000, "updates; 0: the stage is skipped", at_least=0)
+    strategy: str = setting(
+        "fix_vae", "what the VAE does (SPEC 4.3)", choices=("joint", "fix_vae", "scratch", "interval")
+    )
+    vae_learning_rate_ratio: float = setting(1.0, "learning rate of the VAE over that of the DiT", at_least=0)
+    interval: int = setting(0, "strategy 'interval': so many joint steps, then as many with the VAE frozen", at_least=0)
+    vae_weight: float = setting(1.0, "lambda_VAE", at_least=0)
+    entropy_weight: float = setting(1e-3, "beta, on E_q[log q]", at_least=0)
+    mask_weight: float = setting(0.1, "lambda_mask", at_least=0)
+    mask_ratio: float = setting(
+        0.3, "share of the input tokens that is replaced by the mask token", at_least=0, at_most=1
+    )
+    flow_weight: float = setting(1.0, "lambda_fm", at_least=0)
+    reference_weight: float = setting(0.01, "lambda_ref", at_least=0)
+    encoder_gradient: bool = setting(
+        True, "gradient of the flow-matching loss into the encoder, through z_t and the target"
+    )
+    time_distribution: str = setting("logit_normal", "of t", choices=("logit_normal", "uniform"))
+    time_loc: float = setting(1.0, "mean of the normal of 'logit_normal'")
+    time_scale: float = setting(1.0, "and its standard deviation", above=0)
+    time_per: str = setting("block", "what has a time of its own", choices=("block", "sequence"))
+    prompt_blocks: float = setting(
+        0.05, "share of the blocks that keep a random proper prefix clean", at_least=0, at_most=1
+    )
+    history_dropout: float = setting(0.0, "share of the blocks that see no history", at_least=0, at_most=1)
+    noise_copies: int = setting(1, "noisy copies for each clean pass", at_least=1)
 
-    def validate(self) -> None:
-        require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
-        require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
-        require_choice("stage2", self, "time_per", ("block", "sequence"))
-        require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
-        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
-        require_at_least(1, "stage2", self, "noise_copies")
-        require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
-        require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
-        if self.strategy == "interval":
-            require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
+    def check_together(self, prefix: str) -> None:
+        ok = self.strategy != "interval" or self.interval >= 1
+        require(ok, f"{prefix}interval", self.interval, "at least 1 (strategy = 'interval')")
 
 
 def terms(

@@ -412,7 +412,7 @@ def test_coherent_with_prompt(default):
         ("min_sentences", 1, "from 2 to 6"),
         ("min_sentences", 7, "from 2 to 6"),
         ("max_sentences", 3, "from min_sentences = 4 to 6"),
-        ("max_sentences", 7, "from min_sentences = 4 to 6"),
+        ("max_sentences", 7, "from 2 to 6"),
     ],
 )
 def test_bad_config_values_are_named(field, value, allowed):

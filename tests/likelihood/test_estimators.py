@@ -187,8 +187,10 @@ def test_rates():
     ("change", "words"),
     [
         ({"samples": 0}, "likelihood samples = 0: must be at least 1"),
-        ({"solver": "rk9"}, "likelihood solver = 'rk9': must be one of euler, heun"),
+        ({"solver": "rk9"}, "likelihood solver = 'rk9': must be one of 'euler', 'heun'"),
         ({"solver": "euler", "steps": 0}, "likelihood steps = 0"),
+        ({"steps": 20, "max_steps": 10}, "likelihood max_steps = 10: must be at least steps = 20"),
+        ({"power": float("inf")}, "likelihood power = inf: must be a finite number"),
         ({"rtol": 0.0, "steps": 0}, "likelihood rtol = 0.0"),
         ({"divergence": "none"}, "likelihood divergence = 'none'"),
         ({"probes": 0}, "likelihood probes = 0"),

@@ -348,12 +348,14 @@ BAD_SETTINGS = [
     ({"steps": 0}, "sampling steps = 0: must be at least 1"),
     ({"guidance_scale": -1.0}, "sampling guidance_scale = -1.0: must be at least 0"),
     ({"max_new_tokens": 0}, "sampling max_new_tokens = 0: must be at least 1"),
-    ({"temperature": -0.5}, "sampling temperature = -0.5: must be at least 0"),
-    ({"repetition_penalty": 0.0}, "sampling repetition_penalty = 0.0: must be a positive number"),
+    ({"temperature": -0.5}, "sampling temperature = -0.5: must be from 0 to 100"),
+    ({"temperature": 1e9}, "sampling temperature = 1000000000.0: must be from 0 to 100"),
+    ({"temperature": float("nan")}, "sampling temperature = nan: must be a finite number"),
+    ({"repetition_penalty": 0.0}, "sampling repetition_penalty = 0.0: must be above 0"),
     ({"prior": "ar"}, "sampling prior = 'ar': must be one of 'flow', 'normal'"),
     ({"top_k": -1}, "sampling top_k = -1: must be at least 0"),
     ({"top_p": 0.0}, "sampling top_p = 0.0: must be above 0 and at most 1"),
-    ({"time_shift": 0.0}, "sampling time_shift = 0.0: must be a positive number"),
+    ({"time_shift": 0.0}, "sampling time_shift = 0.0: must be above 0"),
     ({"start_time": 1.5}, "sampling start_time = 1.5: must be above 0 and at most 1"),
     (
         {"guidance_interval": (0.5, 0.2)},
@@ -368,7 +370,7 @@ BAD_SETTINGS = [
     ({"rotary_period": 0}, "sampling rotary_period = 0: must be None or at least 1"),
     (
         {"conditioning": "repaint", "solver": "tsit5"},
-        "sampling solver = 'tsit5': with 'repaint' must be one of ('euler', 'heun')",
+        "sampling solver = 'tsit5': must be one of 'euler', 'heun' with conditioning 'repaint'",
     ),
 ]
 
