@@ -2,6 +2,8 @@
 
 python launch/train.py --config=configs/paper_100m.py --config.data.files='corpus/*.txt'
 python launch/train.py --config=configs/paper_100m.py --plan=v5e:2x2
+
+93M parameters; not trained here. docs/scaling.md explains plans and slices.
 """
 
 from configs import paper_2b

@@ -3,9 +3,9 @@
     python launch/train.py --config=configs/paper_2b.py --config.data.files='corpus/*.txt' \
         --config.data.tokenizer_path=tokenizer.model
 
-Not trained here: the tests check that it validates, that its shapes fit together (`eval_shape`), and that it has
-501,871,574 + 1,829,875,728 parameters. beta, lambda_mask, lambda_ref are this project's (see quickstart.py):
-the paper does not give them. The tokenizer must have the paper's 100,278 entries or fewer.
+Not trained here; the tests check its shapes and that it has 501,871,574 + 1,829,875,728 parameters. The paper does not
+give beta, lambda_mask, lambda_ref: docs/quickstart.md has how they were found. The tokenizer must have the paper's
+100,278 entries or fewer.
 """
 
 from configs import default

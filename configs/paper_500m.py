@@ -2,6 +2,8 @@
 
 python launch/train.py --config=configs/paper_500m.py --config.data.files='corpus/*.txt'
 python launch/train.py --config=configs/paper_500m.py --plan=v5e:4x4
+
+477M parameters; not trained here. docs/scaling.md explains plans and slices.
 """
 
 from configs import paper_2b
