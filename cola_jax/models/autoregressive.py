@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
         return (y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
-def _norm(config: TransformerConfig, name: str, axis: str | None = None) -> nn.Module:
+def _norm(config: TransformerConfig, name: str | None = None, axis: str | None = None) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.norm_eps, axis, name=name)
     return LayerNorm(config.norm_eps, name_of_axis=axis, name=name)
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         self.wte = self.param("wte", table, (config.vocab_size, config.dim))
         self.begin = self.param("begin", nn.with_logical_partitioning(init, ("embed",)), (config.dim,))
         self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
-        self.final_norm = _norm(config, None)
+        self.final_norm = _norm(config)
         self.head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
 
     def hidden(self, ids: Int[Array, "B N"], context: Context, cache: KV | None = None):
@@ -199,9 +199,7 @@ class Autoregressive(nn.Module):
         layout = attention.Layout(length, 1, segment_ids, config.attention_kernel)
         return self.transformer.hidden(before, Context(angles, layout))
 
-    def logits(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of the token at each position, given those before it in its segment, float32.
 
         Args:
