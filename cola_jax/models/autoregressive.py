@@ -1,0 +1,319 @@
+"""LLaMA-style autoregressive language model: the density of a document, token by token (SPEC 7, Table 9).
+
+The network reads the token before each position, so that the logits at a position are those of its own token:
+``log p(x) = sum_t log p(x_t | x_<t)``. Before the first token of a document it reads a learned vector, "begin": the
+first token is predicted too, and log p(x) is a density over whole documents. A document that packing cuts goes on in
+the next row as a segment of its own, and is predicted from "begin" there as well.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cola_jax import sharding
+from cola_jax.config import ATTENTION_KERNELS
+from cola_jax.fields import require, require_at_least, require_choice
+from cola_jax.nn import attention, embeddings, masks
+from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
+from cola_jax.types import Params
+
+KV = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Pre-norm decoder with RoPE and SwiGLU, linear maps without biases, input and output embeddings not tied."""
+
+    vocab_size: int = 0  # V; 0: the tokenizer's
+    dim: int = 128
+    ffn_dim: int = 512  # width of the value, and of the gate, of the SwiGLU
+    num_heads: int = 4
+    head_dim: int = 32
+    num_layers: int = 4
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6
+    rope_theta: float = 500_000.0
+    qk_norm: bool = False  # the norm on each head's queries and keys, before RoPE
+    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
+    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
+    unroll: int = 1  # layers compiled one after another
+    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
+
+    def validate(self) -> None:
+        part = "transformer"
+        require_at_least(0, part, self, "vocab_size", "logit_chunk")
+        require_at_least(1, part, self, "dim", "ffn_dim", "num_heads", "head_dim", "num_layers", "unroll")
+        require(self.head_dim % 2 == 0, f"{part}.head_dim", self.head_dim, "an even number")
+        require_choice(part, self, "norm", ("rmsnorm", "layernorm"))
+        require(self.norm_eps > 0, f"{part}.norm_eps", self.norm_eps, "a positive number")
+        require(self.rope_theta > 0, f"{part}.rope_theta", self.rope_theta, "a positive number")
+        require_choice(part, self, "attention_kernel", ATTENTION_KERNELS)
+        require_choice(part, self, "remat", ("none", "full", "attention", "dots"))
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 (or wider), returned in the input's type."""
+
+    eps: float
+    name_of_axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.name_of_axis,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        return (y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def _norm(config: TransformerConfig, name: str | None = None, axis: str | None = None) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.norm_eps, axis, name=name)
+    return LayerNorm(config.norm_eps, name_of_axis=axis, name=name)
+
+
+class Context(NamedTuple):
+    """What all layers share: rotation angles, and who sees whom: a layout, or masks where there is a cache."""
+
+    angles: Array
+    layout: attention.Layout | None = None
+    own_mask: Array | None = None
+    history_mask: Array | None = None
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each behind a norm and added to the residual stream."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: Context):
+        attended, kv = self._attention(_norm(self.config, "norm_attention")(x), history, context)
+        x = sharding.constrain(x + attended, "batch", "length", None)
+        return x + self._mlp(_norm(self.config, "norm_mlp")(x)), kv
+
+    def _linear(self, name: str, features, names):
+        return Linear(features, names, use_bias=False, dtype=self.dtype, name=name)
+
+    def _attention(self, x, history, context: Context):
+        config, heads = self.config, (self.config.num_heads, self.config.head_dim)
+        qkv = self._linear("qkv", (3, *heads), ("embed", None, "heads", "kv"))(x)
+        q, k, v = unstack_axis(sharding.constrain(qkv, "batch", "length", None, "heads", "kv"), 2)
+        if config.qk_norm:
+            q, k = _norm(config, "norm_q", "kv")(q), _norm(config, "norm_k", "kv")(k)
+        q = embeddings.apply_rope(q, context.angles, interleaved=False)
+        k = embeddings.apply_rope(k, context.angles, interleaved=False)
+        if history is None:
+            y = attention.attend_layout(q, k, v, context.layout)
+        else:
+            y = attention.attend_history(q, k, v, history, context.history_mask, context.own_mask)
+        out = self._linear("out", (config.dim,), ("heads", "embed"))
+        return out(y.reshape(*x.shape[:2], math.prod(heads))), (k, v)
+
+    def _mlp(self, x):
+        config = self.config
+        value, gate = unstack_axis(self._linear("mlp_in", (2, config.ffn_dim), ("embed", None, "mlp"))(x), 2)
+        h = sharding.constrain(value * nn.silu(gate), "batch", "length", "mlp")
+        return self._linear("mlp_out", (config.dim,), ("mlp", "embed"))(h)
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states, and those to logits; V, one more than the last id, is the vector "begin"."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        config, init = self.config, nn.initializers.normal(1.0)
+        table = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        self.wte = self.param("wte", table, (config.vocab_size, config.dim))
+        self.begin = self.param("begin", nn.with_logical_partitioning(init, ("embed",)), (config.dim,))
+        self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
+        self.final_norm = _norm(config)
+        self.head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
+
+    def hidden(self, ids: Int[Array, "B N"], context: Context, cache: KV | None = None):
+        """Normalised states [B, N, C], and keys and values [layers, B, N, H, C] of the positions."""
+        is_begin = (ids == self.config.vocab_size)[..., None]
+        x = jnp.take(self.wte.astype(self.dtype), jnp.minimum(ids, self.config.vocab_size - 1), axis=0)
+        x = jnp.where(is_begin, self.begin.astype(self.dtype)[None, None], x)
+        x, kv = self.layers(sharding.constrain(x, "batch", "length", None), cache, context)
+        return self.final_norm(x), kv
+
+    def logits(self, hidden: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
+        """Logits of every token, float32."""
+        return self.head(hidden).astype(jnp.float32)
+
+
+def _in_chunks(network: Transformer, hidden: Array, tokens: Array, reduce: Callable, chunk: int):
+    """``reduce(logits(hidden), tokens)``, ``chunk`` positions of each sequence at a time (0: all at once).
+
+    A chunk's logits are computed again for its gradient.
+    """
+    batch, length = tokens.shape
+
+    def one(network, carry, part):
+        return carry, reduce(network.logits(part[0]), part[1])
+
+    if not 0 < chunk < length:
+        return one(network, None, (hidden, tokens))[1]
+    fill = -length % chunk
+    parts = [jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens)]
+    parts = tuple(x.reshape(batch, -1, chunk, *x.shape[2:]) for x in parts)
+    scan = nn.scan(
+        nn.remat(one, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    _, values = scan(network, None, parts)
+    return jax.tree.map(lambda x: x.reshape(batch, length + fill)[:, :length], values)
+
+
+class Autoregressive(nn.Module):
+    """Apply its methods by name: ``model.apply(params, tokens, method="logits")``."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self):
+        self.transformer = Transformer(self.config, self.dtype)
+
+    def _read(self, tokens, segment_ids):
+        """States and keys and values of a row, each position reading the token before it."""
+        config, length = self.config, tokens.shape[1]
+        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=config.vocab_size)
+        if segment_ids is not None:
+            goes_on = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1) == segment_ids
+            before = jnp.where(goes_on, before, config.vocab_size)
+        # Positions count from the start of the row: rotations only tell distances inside a segment.
+        angles = embeddings.rope_angles(jnp.arange(length)[None], config.head_dim, config.rope_theta)
+        layout = attention.Layout(length, 1, segment_ids, config.attention_kernel)
+        return self.transformer.hidden(before, Context(angles, layout))
+
+    def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits of the token at each position, given those before it in its segment, float32.
+
+        Args:
+          tokens: ids in [0, V).
+          segment_ids: document of each position, 0 for padding; a new segment begins from "begin". None: one document.
+        """
+        return self.transformer.logits(self._read(tokens, segment_ids)[0])
+
+    def logits_reduced(
+        self,
+        tokens: Int[Array, "B T"],
+        reduce: Callable[[Float[Array, "B C V"], Int[Array, "B C"]], Any],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Any:
+        """``reduce(logits(tokens), tokens)`` in chunks of ``config.logit_chunk`` positions.
+
+        The logits of a whole batch, the largest array of a training step by far, never exist.
+
+        Args:
+          tokens: as in `logits`; also the targets, handed to ``reduce``.
+          reduce: ``(logits [B, C, V], tokens [B, C]) -> tree of arrays [B, C]``, each position for itself.
+          segment_ids: as in `logits`.
+
+        Returns:
+          What ``reduce`` returns, of arrays [B, T].
+        """
+        hidden = self._read(tokens, segment_ids)[0]
+        return _in_chunks(self.transformer, hidden, tokens, reduce, self.config.logit_chunk)
+
+    def prefill(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KV:
+        """Keys (after RoPE) and values [layers, B, T, H, C] of the positions of prompts: the start of a cache.
+
+        The last token of a prompt is read by the position behind it, the first one of `extend`.
+
+        Args:
+          tokens: prompts, each from the start of its row.
+          segment_ids: 1 for the prompt, 0 for padding behind it.
+        """
+        return self._read(tokens, segment_ids)[1]
+
+    def extend(
+        self,
+        before: Int[Array, "B N"],
+        positions: Int[Array, "B N"],
+        cache: KV,
+        cache_mask: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B N V"], KV]:
+        """Logits of the next tokens of sequences whose earlier positions are cached, and their keys and values.
+
+        Args:
+          before: the token before each position; V at the start of a sequence.
+          positions: index of each in its sequence.
+          cache: keys and values [layers, B, S, H, C] of earlier positions.
+          cache_mask: True where the cache holds an earlier position of the sequence.
+        """
+        config, (batch, length) = self.config, before.shape
+        angles = embeddings.rope_angles(positions, config.head_dim, config.rope_theta)
+        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, length, cache_mask.shape[1]))
+        context = Context(angles, None, masks.causal(length)[:, None], history_mask)
+        hidden, kv = self.transformer.hidden(before, context, cache)
+        return self.transformer.logits(hidden), kv
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Touches every parameter; for initialisation."""
+        return self.logits(tokens)
+
+
+def create(config: TransformerConfig, dtype="float32") -> Autoregressive:
+    """The model; ``config.vocab_size`` must be known (see `with_vocabulary`)."""
+    return Autoregressive(config, jnp.dtype(dtype))
+
+
+def with_vocabulary(config: TransformerConfig, vocab_size: int) -> TransformerConfig:
+    """``config`` with the tokenizer's vocabulary size where it leaves it open."""
+    return config if config.vocab_size else dataclasses.replace(config, vocab_size=vocab_size)
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters as Table 9 counts them.
+
+    Attributes:
+      core: matrices of the layers.
+      embeddings: input and output embeddings.
+      rest: what the paper does not count: norms, and the vector "begin".
+    """
+
+    core: int
+    embeddings: int
+    rest: int
+
+
+def count_parameters(params: Params) -> Parameters:
+    """The `Parameters` of the model's variables, or of their shapes from `jax.eval_shape`."""
+    counts = dict.fromkeys(Parameters._fields, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params)):
+        names = [entry.key for entry in path]
+        if "layers" in names and names[-1] == "kernel":
+            kind = "core"
+        else:
+            kind = "embeddings" if names[-1] in ("wte", "kernel") else "rest"
+        counts[kind] += math.prod(leaf.shape)
+    return Parameters(**counts)
+
+
+def forward_flops(config: TransformerConfig, length: int) -> float:
+    """Model FLOPs of the forward pass per token of a row.
+
+    2 for each weight of a matrix that a position passes through; causal attention adds ``4 * (T / 2) * width`` a layer.
+    Norms, softmax and looking up embeddings are left out.
+
+    Args:
+      config: with ``vocab_size`` known.
+      length: T, tokens in a row.
+    """
+    width = config.num_heads * config.head_dim
+    layer = 2 * (4 * config.dim * width + 3 * config.dim * config.ffn_dim) + 2 * length * width
+    return float(config.num_layers * layer + 2 * config.dim * config.vocab_size)

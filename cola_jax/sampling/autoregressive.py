@@ -1,0 +1,333 @@
+"""Text from the autoregressive model: one token at a time against a cache of keys and values.
+
+Prompts stand at the start of their rows, so that a token's place in the cache is its position, and a batch may mix
+prompts of all lengths. What is drawn is a pure function of (key, sample id, position): a sample depends neither on its
+batch nor on its place there, nor on how much of its text was the prompt.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from cola_jax import sharding
+from cola_jax.models.autoregressive import Autoregressive
+from cola_jax.sampling import choose, transport
+from cola_jax.types import Key, Params, UserError
+
+Ids = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    Attributes:
+      max_new_tokens: budget of new tokens; the prompt does not count.
+      temperature: 0 takes the most likely token of each position.
+      top_k: draws among this many most likely tokens; 0: among all.
+      top_p: draws among the most likely tokens whose probability together reaches this; 1: among all.
+      repetition_penalty: 1 is none; over tokens that were generated earlier, not over the prompt's.
+      eos_id: a sequence ends before its first such token; None: it never ends early.
+      pad_id: what stands behind the end of a sequence; None: 0.
+      context: most tokens of prompt and output together; one program serves prompts of all lengths. None: no limit,
+        and one program for each power of two of the prompts' width.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_id: int | None = None
+    pad_id: int | None = None
+    context: int | None = None
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range."""
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "a positive number"),
+            "context": (self.context is None or self.context >= 1, "None or at least 1"),
+        }
+        for name, (ok, allowed) in checks.items():
+            if not ok:
+                raise UserError(f"sampling {name} = {getattr(self, name)!r}: must be {allowed}")
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+      tokens: new tokens only; 0 (or ``pad_id``) behind the end of a sequence.
+      lengths: new tokens before the end of text.
+    """
+
+    tokens: Int[Array, "B L"]
+    lengths: Int[Array, " B"]
+
+
+class Piece(NamedTuple):
+    """One more token of every sequence, from `stream`: a list of one, or an empty list for one that is done."""
+
+    tokens: list[list[int]]
+
+
+class Plan(NamedTuple):
+    """What a program is compiled for."""
+
+    model: Autoregressive
+    settings: Settings
+
+
+class Prompts(NamedTuple):
+    """Rows of W tokens, each prompt at the start of its own."""
+
+    tokens: np.ndarray | jax.Array  # [B, W]
+    lengths: np.ndarray | jax.Array  # [B]
+
+
+class State(NamedTuple):
+    """A batch of sequences on their way. Every leaf but the cache begins with the batch."""
+
+    keys: Array  # [B]
+    cache: tuple  # keys and values, [layers, B, W + L, H, C]
+    position: Array  # [B], of the next token
+    before: Array  # [B], the token before it
+    tokens: Array  # [B, L], generated so far
+    count: Array  # [B], how many those are, the end of text included
+    seen: Array  # [B, V], whether a token was generated
+    done: Array  # [B]
+
+
+def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
+    """The prompts in the cache, but for their last tokens, which the first new position reads."""
+    (batch, width), vocabulary = prompts.tokens.shape, plan.model.config.vocab_size
+    room = plan.settings.max_new_tokens
+    real = (jnp.arange(width)[None] < prompts.lengths[:, None]).astype(jnp.int32)
+    cache = plan.model.apply(params, prompts.tokens, real, method="prefill")
+    last = jnp.take_along_axis(prompts.tokens, jnp.maximum(prompts.lengths - 1, 0)[:, None], axis=1)[:, 0]
+    grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+    return State(
+        keys=keys,
+        cache=transport.constrain_cache(jax.tree.map(grow, cache)),
+        position=prompts.lengths,
+        before=jnp.where(prompts.lengths > 0, last, vocabulary),
+        tokens=jnp.zeros((batch, room), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        seen=jnp.zeros((batch, vocabulary), bool),
+        done=jnp.zeros(batch, bool),
+    )
+
+
+def _advance(plan: Plan, params: Params, state: State) -> State:
+    """Generates the next token of every sequence that is not done."""
+    settings, rows = plan.settings, jnp.arange(state.done.shape[0])
+    earlier = jnp.arange(state.cache[0].shape[2])[None] < state.position[:, None]
+    logits, kv = plan.model.apply(
+        params, state.before[:, None], state.position[:, None], state.cache, earlier, method="extend"
+    )
+    logits = choose.penalize_repetition(logits, state.seen, settings.repetition_penalty)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
+    token = choose.choose(logits, keys, settings.temperature, settings.top_k, settings.top_p)[:, 0]
+    going = ~state.done
+    count = state.count + going
+    done = state.done | (count >= settings.max_new_tokens)
+    if settings.eos_id is not None:
+        done = done | (token == settings.eos_id)
+    # A sequence that is done stays where it is: its token is dropped.
+    place = jnp.where(going, state.count, settings.max_new_tokens)
+    return State(
+        keys=state.keys,
+        cache=transport.constrain_cache(transport.write(state.cache, kv, state.position)),
+        position=state.position + going,
+        before=jnp.where(going, token, state.before),
+        tokens=state.tokens.at[rows, place].set(token, mode="drop"),
+        count=count,
+        seen=state.seen.at[rows, token].max(going),
+        done=done,
+    )
+
+
+def _cut(plan: Plan, state: State) -> Generation:
+    """The new tokens up to the end of text."""
+    inside = jnp.arange(state.tokens.shape[1])[None] < state.count[:, None]
+    if plan.settings.eos_id is not None:
+        inside = inside & (jnp.cumsum(state.tokens == plan.settings.eos_id, axis=1) == 0)
+    return Generation(jnp.where(inside, state.tokens, plan.settings.pad_id or 0), jnp.sum(inside, axis=1))
+
+
+start = jax.jit(_start, static_argnums=0)
+advance = jax.jit(_advance, static_argnums=0, donate_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> Generation:
+    """The whole generation in one program."""
+    state = _start(plan, params, prompts, keys)
+    state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), functools.partial(_advance, plan, params), state)
+    return _cut(plan, state)
+
+
+def check_prompts(model: Autoregressive, prompts: Sequence[Ids], settings: Settings) -> None:
+    """Raises UserError for settings out of range and prompts that cannot be continued."""
+    settings.validate()
+    if not len(prompts):
+        raise UserError("prompts: none given; at least one is needed")
+    vocabulary = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        if settings.context is not None and len(prompt) + settings.max_new_tokens > settings.context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens: must be at most {settings.context} (context) "
+                f"minus {settings.max_new_tokens} (max_new_tokens)"
+            )
+        if len(prompt) and not (0 <= min(prompt) and max(prompt) < vocabulary):
+            raise UserError(f"prompt {index} has a token outside the vocabulary, must be 0 to {vocabulary - 1}")
+
+
+def _width(prompts: Sequence[Ids], settings: Settings) -> int:
+    """Of rows that hold the prompts: all that the context leaves them, or a power of two; few programs compile."""
+    if settings.context is not None:
+        return max(settings.context - settings.max_new_tokens, 1)
+    return max(16, 2 ** (max(map(len, prompts)) - 1).bit_length())
+
+
+def _rows(prompts: Sequence[Ids], width: int) -> Prompts:
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return Prompts(tokens, np.array([len(prompt) for prompt in prompts], np.int32))
+
+
+def _keys(key: Key | None, settings: Settings, count: int, sample_ids) -> Key:
+    if sample_ids is not None and len(sample_ids) != count:
+        raise UserError(f"sampling sample_ids: {len(sample_ids)} given, must be one for each of {count} prompts")
+    if key is None:
+        if settings.temperature:
+            raise UserError(f"sampling key = None: must be a key where temperature = {settings.temperature}")
+        key = jax.random.key(0)
+    ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+def generate(
+    model: Autoregressive,
+    params: Params,
+    prompts: Sequence[Ids],
+    settings: Settings,
+    key: Key | None = None,
+    sample_ids: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+) -> Generation:
+    """Continues each prompt. A sample depends on (key, its id) alone, not on the rest of its batch.
+
+    Args:
+      model: the autoregressive model.
+      params: its variables.
+      prompts: token ids; an empty prompt begins a document.
+      settings: see `Settings`.
+      key: source of the draws; may be None with temperature 0.
+      sample_ids: identity of each sample in the random stream; its index by default.
+      mesh: sequences over its axes data and fsdp, heads over tensor; the parameters must be there. The number of
+        prompts must be a multiple of data * fsdp.
+
+    Returns:
+      A `Generation` with L = max_new_tokens.
+
+    Raises:
+      UserError: a setting or prompt that cannot be used.
+    """
+    check_prompts(model, prompts, settings)
+    return _generate(model, params, prompts, settings, key, sample_ids, mesh, _width(prompts, settings))
+
+
+def _generate(model, params, prompts, settings, key, sample_ids, mesh, width: int) -> Generation:
+    rows, keys = _rows(prompts, width), _keys(key, settings, len(prompts), sample_ids)
+    plan = Plan(model, settings)
+    if mesh is None:
+        return run(plan, params, rows, keys)
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    if len(prompts) % parts:
+        raise UserError(f"prompts: {len(prompts)} given, must be a multiple of {parts} (mesh data * fsdp)")
+    rows, keys = jax.device_put((rows, keys), sharding.batch_sharding(mesh))
+    with sharding.activate(mesh):
+        return run(plan, params, rows, keys)
+
+
+def stream(
+    model: Autoregressive,
+    params: Params,
+    prompts: Sequence[Ids],
+    settings: Settings,
+    key: Key | None = None,
+    sample_ids: Sequence[int] | None = None,
+) -> Iterator[Piece]:
+    """`generate`, token by token: yields a `Piece` as soon as each is drawn.
+
+    Args:
+      model, params, prompts, settings, key, sample_ids: as in `generate`.
+
+    Raises:
+      UserError: as `generate`, before the first token.
+    """
+    check_prompts(model, prompts, settings)
+    rows, keys = _rows(prompts, _width(prompts, settings)), _keys(key, settings, len(prompts), sample_ids)
+    return _stream(Plan(model, settings), params, rows, keys)
+
+
+def _stream(plan: Plan, params: Params, rows: Prompts, keys: Key) -> Iterator[Piece]:
+    state, going = start(plan, params, rows, keys), np.ones(len(rows.lengths), bool)
+    while np.any(going):
+        state = advance(plan, params, state)
+        tokens, done = jax.device_get((state.before, state.done))
+        shown = going & (tokens != plan.settings.eos_id)
+        yield Piece([[int(token)] if show else [] for token, show in zip(tokens, shown, strict=True)])
+        going = ~done
+
+
+def generate_batches(
+    model: Autoregressive,
+    params: Params,
+    prompts: Sequence[Ids],
+    settings: Settings,
+    key: Key | None = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continuations of any number of prompts, in order, batch by batch: (index of the prompt, its new tokens).
+
+    All prompts are checked before the first is generated, and all batches use one program.
+
+    Args:
+      batch_size: prompts generated at a time; it does not change the result.
+      model, params, prompts, settings, key, mesh: as in `generate`.
+
+    Raises:
+      UserError: as `generate`, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"sampling batch_size = {batch_size}: must be at least 1")
+    check_prompts(model, prompts, settings)
+    size = batch_size if mesh is not None else min(batch_size, len(prompts))
+    return _batches(model, params, prompts, settings, key, size, mesh)
+
+
+def _batches(model, params, prompts, settings, key, size: int, mesh) -> Iterator[tuple[int, list[int]]]:
+    width = _width(prompts, settings)
+    for begin in range(0, len(prompts), size):
+        chunk = list(prompts[begin : begin + size])
+        filled = chunk + [chunk[-1]] * (size - len(chunk))  # the last batch needs no program of its own
+        out = _generate(model, params, filled, settings, key, range(begin, begin + size), mesh, width)
+        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+        for row in range(len(chunk)):
+            yield begin + row, tokens[row, : lengths[row]].tolist()
