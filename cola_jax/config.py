@@ -177,9 +177,6 @@ class SampleConfig:
     max_new_tokens: int = setting(64, "budget of new tokens; the prompt does not count", at_least=1)
     temperature: float = setting(0.0, "0: the most likely token of each position", at_least=0, at_most=100)
     repetition_penalty: float = setting(1.0, "of tokens that were generated before; 1: none", above=0)
-    report_stories: int = setting(
-        0, "corpus 'stories': generated for the report at the end of the run; 0: no report", at_least=0
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +184,7 @@ class EvaluationConfig:
     """The evaluations at the end of a run."""
 
     evaluators: tuple[str, ...] = setting((), "by name; empty: those that suit the run's family and corpus")
-    count: int = setting(256, "generated texts or held-out rows of each", at_least=1)
+    count: int = setting(256, "generated texts or held-out documents of each; 0: no report", at_least=0)
     scorer: str = setting("", "evaluator 'perplexity': run whose family scores the generated texts; '': none")
 
 

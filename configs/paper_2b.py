@@ -13,7 +13,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.seed = 66
+    config.seed, config.data.seed = 66, 6198
     config.data.corpus = "text"
     config.data.files = "corpus/*.txt"
     config.data.vocab_size = 100_278

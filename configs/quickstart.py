@@ -33,5 +33,6 @@ def get_config():
     config.optimizer1.update(learning_rate=3e-3, warmup_steps=20)
     config.optimizer2.update(learning_rate=6e-3, warmup_steps=50, ema=0.99)
     config.train.update(log_every=50, eval_every=500, checkpoint_every=500)
-    config.sample.update(steps=16, guidance_scale=2.0, max_new_tokens=56, report_stories=512)
+    config.sample.update(steps=16, guidance_scale=2.0, max_new_tokens=56)
+    config.evaluation.count = 512
     return config

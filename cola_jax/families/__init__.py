@@ -9,11 +9,11 @@ import ml_collections
 
 from cola_jax import fields
 from cola_jax.config import Config, to_dict
-from cola_jax.families import cola
+from cola_jax.families import autoregressive, cola
 from cola_jax.families.interface import Family
 from cola_jax.types import UserError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (cola.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (cola.FAMILY, autoregressive.FAMILY)}
 DEFAULT = cola.FAMILY.name  # of configs that were saved before there were families
 
 
@@ -39,12 +39,22 @@ def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
     Raises:
       UserError: an unknown family or field, a field of another family, a wrong type, an inconsistent value.
     """
-    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
-    family = get(plain.setdefault("family", DEFAULT))
+    plain = upgraded(values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
+    family = get(plain["family"])
     _check_groups(family, plain)
     config = fields.build(family.config, plain)
     config.validate()
     return config
+
+
+def upgraded(saved: Mapping) -> dict:
+    """A saved config in today's fields: those that have moved since it was written are in their new places."""
+    plain = {"family": DEFAULT, **saved}
+    sample = dict(plain.get("sample") or {})
+    if "report_stories" in sample:  # until there were evaluations of every corpus
+        count = sample.pop("report_stories")
+        plain = {**plain, "sample": sample, "evaluation": {"count": count, **plain.get("evaluation", {})}}
+    return plain
 
 
 def _check_groups(family: Family, plain: Mapping) -> None:

@@ -2,7 +2,7 @@
 
 The network reads the token before each position, so that the logits at a position are those of its own token:
 ``log p(x) = sum_t log p(x_t | x_<t)``. Before the first token of a document it reads a learned vector, "begin": the
-first token is predicted too, and log p(x) is a density over whole documents. A document that packing cuts goes on in
+first token is predicted too, and log p(x) is a density over whole documents. A document that packing cuts continues in
 the next row as a segment of its own, and is predicted from "begin" there as well.
 """
 
@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
-from cola_jax.config import ATTENTION_KERNELS
-from cola_jax.fields import require, require_at_least, require_choice
+from cola_jax.fields import setting
 from cola_jax.nn import attention, embeddings, masks
 from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
 from cola_jax.types import Params
@@ -30,31 +29,22 @@ KV = tuple[Array, Array]
 class TransformerConfig:
     """Pre-norm decoder with RoPE and SwiGLU, linear maps without biases, input and output embeddings not tied."""
 
-    vocab_size: int = 0  # V; 0: the tokenizer's
-    dim: int = 128
-    ffn_dim: int = 512  # width of the value, and of the gate, of the SwiGLU
-    num_heads: int = 4
-    head_dim: int = 32
-    num_layers: int = 4
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-6
-    rope_theta: float = 500_000.0
-    qk_norm: bool = False  # the norm on each head's queries and keys, before RoPE
-    attention_kernel: str = "auto"  # xla | splash (TPU) | splash_interpreted | auto: splash where it suits
-    remat: str = "none"  # none | full | attention | dots: what the backward pass computes again (`scan_layers`)
-    unroll: int = 1  # layers compiled one after another
-    logit_chunk: int = 64  # positions of each sequence whose logits exist at one time in training; 0: all
-
-    def validate(self) -> None:
-        part = "transformer"
-        require_at_least(0, part, self, "vocab_size", "logit_chunk")
-        require_at_least(1, part, self, "dim", "ffn_dim", "num_heads", "head_dim", "num_layers", "unroll")
-        require(self.head_dim % 2 == 0, f"{part}.head_dim", self.head_dim, "an even number")
-        require_choice(part, self, "norm", ("rmsnorm", "layernorm"))
-        require(self.norm_eps > 0, f"{part}.norm_eps", self.norm_eps, "a positive number")
-        require(self.rope_theta > 0, f"{part}.rope_theta", self.rope_theta, "a positive number")
-        require_choice(part, self, "attention_kernel", ATTENTION_KERNELS)
-        require_choice(part, self, "remat", ("none", "full", "attention", "dots"))
+    vocab_size: int = setting(0, "V; 0: the tokenizer's", at_least=0)
+    dim: int = setting(128, "width of the residual stream", at_least=1)
+    ffn_dim: int = setting(512, "width of the value, and of the gate, of the SwiGLU", at_least=1)
+    num_heads: int = setting(4, "attention heads", at_least=1)
+    head_dim: int = setting(32, "channels of a head", at_least=2, where=(lambda n: n % 2 == 0, "an even number"))
+    num_layers: int = setting(4, "layers", at_least=1)
+    norm: str = setting("rmsnorm", "of the layers and the output", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = setting(1e-6, "added to the variance", above=0)
+    rope_theta: float = setting(500_000.0, "base of the rotary frequencies", above=0)
+    qk_norm: bool = setting(False, "normalise each head's queries and keys, before RoPE")
+    attention_kernel: str = setting("auto", "auto: splash where it suits", choices=attention.KERNELS)
+    remat: str = setting("none", "what the backward pass computes again", choices=("none", "full", "attention", "dots"))
+    unroll: int = setting(1, "layers compiled one after another", at_least=1)
+    logit_chunk: int = setting(
+        64, "positions of each sequence whose logits exist at one time in training; 0: all", at_least=0
+    )
 
 
 class RMSNorm(nn.Module):
@@ -268,13 +258,8 @@ class Autoregressive(nn.Module):
 
 
 def create(config: TransformerConfig, dtype="float32") -> Autoregressive:
-    """The model; ``config.vocab_size`` must be known (see `with_vocabulary`)."""
+    """The model; ``config.vocab_size`` must be known."""
     return Autoregressive(config, jnp.dtype(dtype))
-
-
-def with_vocabulary(config: TransformerConfig, vocab_size: int) -> TransformerConfig:
-    """``config`` with the tokenizer's vocabulary size where it leaves it open."""
-    return config if config.vocab_size else dataclasses.replace(config, vocab_size=vocab_size)
 
 
 class Parameters(NamedTuple):

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from cola_jax import sharding
+from cola_jax import sampling, sharding
+from cola_jax.fields import check, like, setting
 from cola_jax.models.autoregressive import Autoregressive
 from cola_jax.sampling import choose, transport
 from cola_jax.types import Key, Params, UserError
@@ -27,42 +28,26 @@ Ids = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to generate.
+    """How to generate."""
 
-    Attributes:
-      max_new_tokens: budget of new tokens; the prompt does not count.
-      temperature: 0 takes the most likely token of each position.
-      top_k: draws among this many most likely tokens; 0: among all.
-      top_p: draws among the most likely tokens whose probability together reaches this; 1: among all.
-      repetition_penalty: 1 is none; over tokens that were generated earlier, not over the prompt's.
-      eos_id: a sequence ends before its first such token; None: it never ends early.
-      pad_id: what stands behind the end of a sequence; None: 0.
-      context: most tokens of prompt and output together; one program serves prompts of all lengths. None: no limit,
-        and one program for each power of two of the prompts' width.
-    """
-
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    eos_id: int | None = None
-    pad_id: int | None = None
-    context: int | None = None
+    max_new_tokens: int = like(sampling.Settings, "max_new_tokens")
+    temperature: float = like(sampling.Settings, "temperature")
+    top_k: int = like(sampling.Settings, "top_k")
+    top_p: float = like(sampling.Settings, "top_p")
+    repetition_penalty: float = like(sampling.Settings, "repetition_penalty")
+    eos_id: int | None = like(sampling.Settings, "eos_id")
+    pad_id: int | None = setting(None, "what stands behind the end of a sequence; None: 0", at_least=0, flag=False)
+    context: int | None = setting(
+        None,
+        "most tokens of prompt and output together; one program serves prompts of all lengths. None: no limit, and "
+        "one program for each power of two of the prompts' width",
+        at_least=1,
+        flag=False,
+    )
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "a positive number"),
-            "context": (self.context is None or self.context >= 1, "None or at least 1"),
-        }
-        for name, (ok, allowed) in checks.items():
-            if not ok:
-                raise UserError(f"sampling {name} = {getattr(self, name)!r}: must be {allowed}")
+        check(self, "sampling ")
 
 
 class Generation(NamedTuple):

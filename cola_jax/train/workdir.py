@@ -62,11 +62,12 @@ def _claim(config: Config, workdir: Path) -> None:
 
 def _check(saved: dict, now: dict, workdir: Path) -> None:
     """Raises UserError for fields that differ; one that did not exist when the run began had today's default."""
-    family = saved.get("family", families.DEFAULT)
+    saved = families.upgraded(saved)
+    family = saved["family"]
     if family != now["family"]:
         raise UserError(f"{workdir}: holds a run of family {family!r}, not {now['family']!r}; choose another --workdir")
     default = json.loads(json.dumps(families.default(family)))
-    before = {**nested.leaves(default), **nested.leaves({**saved, "family": family})}
+    before = {**nested.leaves(default), **nested.leaves(saved)}
     changes = [
         difference
         for difference in nested.differences(before, nested.leaves(now))

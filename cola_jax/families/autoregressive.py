@@ -1,0 +1,140 @@
+"""The family "autoregressive": a LLaMA-style decoder, trained by next-token prediction in one stage (SPEC 7)."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax.numpy as jnp
+
+from cola_jax import config as configs
+from cola_jax.config import Config, OptimizerConfig
+from cola_jax.families.interface import Family, Group, Scores, Stage
+from cola_jax.fields import like, require
+from cola_jax.likelihood import exact
+from cola_jax.models import autoregressive as models
+from cola_jax.models.autoregressive import Autoregressive, TransformerConfig
+from cola_jax.objectives import next_token
+from cola_jax.objectives.next_token import NextTokenConfig
+from cola_jax.sampling import autoregressive as sampling
+from cola_jax.types import Key, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveConfig(Config):
+    """A run of the autoregressive baseline."""
+
+    family: str = like(Config, "family", "autoregressive")
+    sample: configs.SampleConfig = configs.SampleConfig(temperature=1.0)
+    transformer: TransformerConfig = TransformerConfig()
+    stage1: NextTokenConfig = NextTokenConfig()
+    optimizer1: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSettings:
+    """How to score: there is nothing to choose, log p(x) is exact."""
+
+    def validate(self) -> None:
+        """Every value is in range."""
+
+
+def resolve(config: AutoregressiveConfig, vocab_size: int) -> AutoregressiveConfig:
+    """The config with the tokenizer's vocabulary where it leaves it open.
+
+    Raises:
+      UserError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    sizes = config.transformer
+    if not sizes.vocab_size:
+        return dataclasses.replace(config, transformer=dataclasses.replace(sizes, vocab_size=vocab_size))
+    need = f"at least the tokenizer's {vocab_size}"
+    require(sizes.vocab_size >= vocab_size, "config.transformer.vocab_size", sizes.vocab_size, need)
+    return config
+
+
+def make_model(config: AutoregressiveConfig) -> Autoregressive:
+    """The network of a resolved config."""
+    return models.create(config.transformer, config.train.compute_dtype)
+
+
+def make_init(model: Autoregressive, config: AutoregressiveConfig) -> Callable[[Key], PyTree]:
+    """A function from a key to the variables."""
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    return lambda key: model.init(key, tokens)
+
+
+def make_stages(model: Autoregressive | None, config: AutoregressiveConfig) -> tuple[Stage]:
+    """The one stage: cross-entropy of the next token."""
+
+    def terms(params, batch, keys, frozen):
+        del keys, frozen  # nothing is drawn, nothing is frozen
+        return next_token.terms(model, params, batch)
+
+    return (
+        Stage(
+            name="stage1",
+            steps=config.stage1.steps,
+            optimizer=config.optimizer1,
+            optimizer_field="optimizer1",
+            groups=("transformer",),
+            trained={"transformer": Group()},
+            frozen={},
+            terms=terms,
+            flops_per_token=3 * models.forward_flops(config.transformer, config.data.sequence_length),
+        ),
+    )
+
+
+def default_settings(config: AutoregressiveConfig, tokenizer) -> sampling.Settings:
+    """How the run's config wants text to be generated."""
+    sample = config.sample
+    return sampling.Settings(
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        repetition_penalty=sample.repetition_penalty,
+        eos_id=tokenizer.eos_id,
+        context=config.data.sequence_length,
+    )
+
+
+def generation_flops(config: AutoregressiveConfig, settings: sampling.Settings) -> float:
+    """FLOPs of the multiplications by weights for each new token: every weight once."""
+    del settings
+    return models.forward_flops(config.transformer, 0)
+
+
+def score(model: Autoregressive, params: Params, tokens, segment_ids, settings, key: Key, prefix=None) -> Scores:
+    """Exact log p(x) of each row, or of its response given its prefix."""
+    del settings, key
+    found = exact.log_likelihood(model, params, tokens, segment_ids, prefix)
+    return Scores(found.log_prob, 0.0 * found.log_prob, "exact", found.tokens)
+
+
+def make_scorer(model, params, settings, key, context: int, batch_size: int, mesh) -> exact.Scorer:
+    """The scorer of JSON lines."""
+    del settings, key, context
+    return exact.Scorer(model, params, batch_size, mesh)
+
+
+def generate(model, params, prompts, settings, key, batch_size: int = 64) -> Iterator[tuple[int, list[int]]]:
+    """`sampling.autoregressive.generate_batches`."""
+    return sampling.generate_batches(model, params, prompts, settings, key, batch_size)
+
+
+FAMILY = Family(
+    name="autoregressive",
+    config=AutoregressiveConfig,
+    resolve=resolve,
+    model=make_model,
+    init=make_init,
+    stages=make_stages,
+    settings=sampling.Settings,
+    default_settings=default_settings,
+    generate=generate,
+    stream=sampling.stream,
+    score_settings=ScoreSettings,
+    score=score,
+    scorer=make_scorer,
+    check_scorable=lambda model, params: None,
+    generation_flops=generation_flops,
+    bound="exact",
+)

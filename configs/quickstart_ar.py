@@ -1,0 +1,19 @@
+"""The autoregressive baseline on the quickstart's data, with as many parameters as the quickstart's VAE and DiT.
+
+    python launch/train.py --config=configs/quickstart_ar.py
+
+docs/quickstart.md compares it with Cola at 60, 150 and 300 s of training.
+"""
+
+from configs import default, quickstart
+
+
+def get_config():
+    config = default.get_config("autoregressive")
+    cola = quickstart.get_config()
+    config.data, config.train, config.evaluation = cola.data, cola.train, cola.evaluation
+    config.transformer.update(dim=128, ffn_dim=352, num_heads=4, head_dim=32, num_layers=5, unroll=5)
+    config.stage1.steps = 2600
+    config.optimizer1.update(learning_rate=3e-3, warmup_steps=50, ema=0.99)
+    config.sample.update(max_new_tokens=56, temperature=1.0)
+    return config
