@@ -3,7 +3,6 @@
 Exit status: see `cola_jax.train.interrupts`.
 """
 
-import dataclasses
 import functools
 import logging as python_logging
 import os
@@ -17,10 +16,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cola_jax import config as configs
-from cola_jax import sampling
+from cola_jax.cli_settings import config_help
 from cola_jax.evaluation import trained
 from cola_jax.train import distributed, interrupts, loop
 from cola_jax.types import UserError
+
+flags.disclaim_key_flags()  # they are those of the binary that asks for them, and its --help lists them
 
 
 def config_flag(name: str = "config"):
@@ -29,7 +30,7 @@ def config_flag(name: str = "config"):
     """
     # Configs import each other as `configs.x`, from the folder above launch/.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
-    return config_flags.DEFINE_config_file(name, lock_config=True, help_string="a file of configs/")
+    return config_flags.DEFINE_config_file(name, lock_config=True, help_string=config_help(name))
 
 
 def checkpoint_flags() -> Callable[[], trained.Trained]:
@@ -38,47 +39,6 @@ def checkpoint_flags() -> Callable[[], trained.Trained]:
     tokenizer = flags.DEFINE_string("tokenizer", None, "a tokenizer.json; default: the one in a released directory")
     ids = [flags.DEFINE_integer(name, -1, "special id; default: from the file", -1) for name in ("eos_id", "pad_id")]
     return lambda: trained.load(path.value, tokenizer=tokenizer.value, eos_id=ids[0].value, pad_id=ids[1].value)
-
-
-# Flag of a binary for each field of `sampling.Settings` that a user may choose, with its help.
-_SAMPLING = {
-    "steps": (flags.DEFINE_integer, "steps of the solver in each block"),
-    "solver": (
-        flags.DEFINE_string,
-        "euler, heun, or one of diffrax's: midpoint, ralston, bosh3, tsit5, dopri5, dopri8",
-    ),
-    "time_shift": (flags.DEFINE_float, "above 1: more steps near the noise; below: near the data"),
-    "guidance_scale": (flags.DEFINE_float, "1: no guidance"),
-    "guidance_interval": (flags.DEFINE_list, "times between which guidance acts, as 0.2,1"),
-    "conditioning": (flags.DEFINE_string, "of the first block: clean, repaint, left_pad, right_pad"),
-    "repaint_cycles": (flags.DEFINE_integer, "r of repaint"),
-    "repaint_fraction": (flags.DEFINE_float, "m of repaint"),
-    "max_new_tokens": (flags.DEFINE_integer, "new tokens; default: the run's config, or what fits"),
-    "temperature": (flags.DEFINE_float, "0: the most likely token"),
-    "top_k": (flags.DEFINE_integer, "draw among this many most likely tokens; 0: all"),
-    "top_p": (flags.DEFINE_float, "draw among the most likely tokens of so much probability; 1: all"),
-    "repetition_penalty": (flags.DEFINE_float, "1: none"),
-}
-
-
-def sampling_flags() -> Callable[[sampling.Settings], sampling.Settings]:
-    """Defines a flag for each setting of generation; returns a function that applies those that were given."""
-    defined = {name: define(name, None, text) for name, (define, text) in _SAMPLING.items()}
-
-    def apply(settings: sampling.Settings) -> sampling.Settings:
-        given = {name: flag.value for name, flag in defined.items() if flag.value is not None}
-        if "guidance_interval" in given:
-            try:
-                low, high = map(float, given["guidance_interval"])
-            except ValueError:
-                shown = ",".join(given["guidance_interval"])
-                raise UserError(f"--guidance_interval = {shown}: must be two numbers from 0 to 1") from None
-            given["guidance_interval"] = (low, high)
-        settings = dataclasses.replace(settings, **given)
-        settings.validate()
-        return settings
-
-    return apply
 
 
 def machine_flags() -> Callable[[], None]:
@@ -146,7 +106,8 @@ def _parse_error(error: Exception, argv: list[str]) -> str:
             return f"{flag}: no such field" + (f"; did you mean {hint.group(1)}?" if hint else "")
     illegal = re.match(r"flag --(\S+?)=(.*?): (.*)", text)
     if illegal:
-        return f"{illegal.group(1)} = {illegal.group(2)!r}: not allowed here ({illegal.group(3)})"
+        name, value, reason = illegal.groups()
+        return f"--{name} = {value!r}: {reason if reason.startswith('must be') else f'not allowed here ({reason})'}"
     if isinstance(error, flags.Error):
         return text
     return f"{type(error).__name__}: {text}"

@@ -96,14 +96,19 @@ class Entry(NamedTuple):
     rule: Rule
 
     @property
+    def types(self) -> tuple:
+        """The types that its values have, None apart."""
+        return tuple(kind for kind in _kinds(self.kind) if kind is not type(None))
+
+    @property
     def optional(self) -> bool:
         """Whether None is a value of it."""
         return type(None) in _kinds(self.kind)
 
     @property
-    def text(self) -> str:
-        """Meaning and range, for --help."""
-        return "; ".join(filter(None, [self.rule.meaning, self.rule.words(typing.get_origin(self.kind) is tuple)]))
+    def range(self) -> str:
+        """What its values must be, "" for any of its type."""
+        return self.rule.words(typing.get_origin(self.kind) is tuple)
 
 
 def entries(cls) -> dict[str, Entry]:
@@ -123,7 +128,11 @@ def entries(cls) -> dict[str, Entry]:
 
 def describe(cls) -> str:
     """A line for each field: its name, default, meaning and range."""
-    return "\n".join(f"{entry.name} = {entry.default!r}: {entry.text}" for entry in entries(cls).values())
+    lines = []
+    for entry in entries(cls).values():
+        limits = f" ({entry.range})" if entry.range else ""
+        lines.append(f"{entry.name} = {entry.default!r}: {entry.rule.meaning}{limits}")
+    return "\n".join(lines)
 
 
 def require(ok: bool, field: str, value, allowed: str) -> None:
@@ -158,7 +167,7 @@ def check_value(entry: Entry, value, name: str) -> None:
     """Raises UserError, which calls the field ``name``, unless the value has its type and is in its range."""
     if value is None and entry.optional:
         return
-    require(any(_fits(value, kind) for kind in _kinds(entry.kind)), name, value, _type_words(entry.kind))
+    require(any(_fits(value, kind) for kind in entry.types), name, value, _type_words(entry.types))
     none = "None or " if entry.optional else ""
     require(_is_finite(value), name, value, f"{none}a finite number")
     require(entry.rule.allows(value), name, value, none + entry.rule.words(isinstance(value, tuple)))
@@ -192,7 +201,7 @@ def _convert(value, kind, path: str):
     if isinstance(value, list):
         value = tuple(value)
     fitting = next((each for each in _kinds(kind) if _fits(value, each)), None)
-    require(fitting is not None, f"config.{path}", value, _type_words(kind))
+    require(fitting is not None, f"config.{path}", value, _type_words(_kinds(kind)))
     if fitting is float:
         return float(value)
     if typing.get_origin(fitting) is tuple:
@@ -228,6 +237,6 @@ def _is_finite(value) -> bool:
     return not isinstance(value, numbers.Real) or isinstance(value, numbers.Integral) or math.isfinite(value)
 
 
-def _type_words(kind) -> str:
-    kinds = [each for each in _kinds(kind) if each is not type(None)]
-    return "a value of type " + " or ".join(str(k) if typing.get_args(k) else k.__name__ for k in kinds)
+def _type_words(types: tuple) -> str:
+    names = [str(kind) if typing.get_args(kind) else kind.__name__ for kind in types if kind is not type(None)]
+    return "a value of type " + " or ".join(names)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli
-from cola_jax.evaluation import stories, trained
+from cola_jax import cli, cli_settings, families
+from cola_jax.evaluation import stories
 from cola_jax.types import UserError
 
 _LOAD = cli.checkpoint_flags()
@@ -27,6 +27,9 @@ _SEED = flags.DEFINE_integer("seed", 1, "of the noise")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "guidance scales; default: the run's config")
 _STEPS = flags.DEFINE_list("steps", None, "steps a block; default: the run's config")
 _CONDITIONING = flags.DEFINE_list("conditioning", ["clean"], "of the first block; repaint:R:M with its r and m")
+_SETTINGS = cli_settings.generation_flags(
+    skip=("guidance_scale", "steps", "conditioning", "repaint_cycles", "repaint_fraction")
+)
 _PROMPTED = flags.DEFINE_bool("prompted", False, "after first sentences, not from nothing")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "tokens of each prompt; 0: generate from nothing")
 _GAP = flags.DEFINE_integer("gap", 0, "length in tokens of the gaps to fill; 0: write stories")
@@ -56,11 +59,13 @@ def main() -> None:
         raise UserError("--count must be at least 1, --prompt_tokens and --gap at least 0")
     if prompted and _GAP.value:
         raise UserError("--gap: not allowed together with prompts")
+    _SETTINGS.check()
     ways = [_conditioning(text) for text in _CONDITIONING.value]
     run = _LOAD()
     if run.config.data.corpus != "stories":
         raise UserError(f"config.data.corpus = {run.config.data.corpus!r}: only a model of 'stories' can be scored so")
-    base = trained.settings(run.config, run.tokenizer)
+    family = families.of(run.config)
+    base = _SETTINGS(family.default_settings(run.config, run.tokenizer), family.name)
     if prompted:
         base = stories.fitted(base, run, _SEED.value, _COUNT.value, _PROMPT_TOKENS.value)
     variants = []

@@ -5,7 +5,7 @@
     python launch/likelihood.py --checkpoint=runs/quickstart --part=sweep --count=8
     python launch/likelihood.py --part=speed --solver=heun --steps=16 --count=4 --samples=1
 
-Solver and tolerances are flags (--solver, --steps, --rtol, --atol); with --json=FILE the numbers are written there.
+Solver, tolerances and divergence are flags; with --json=FILE the numbers are written there.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli
+from cola_jax import cli, cli_settings
 from cola_jax.evaluation import likelihood, trained
 from cola_jax.likelihood import Settings
 from cola_jax.types import UserError
@@ -25,11 +25,7 @@ _PART = flags.DEFINE_enum("part", "gap", ["gap", "ranking", "sweep", "probes", "
 _COUNT = flags.DEFINE_integer("count", 64, "held-out stories", lower_bound=2)
 _SAMPLES = flags.DEFINE_list("samples", "1,10", "K; the IWAE is given for each, the ELBO for the largest")
 _SEED = flags.DEFINE_integer("seed", 1, "of all draws")
-_SOLVER = flags.DEFINE_string("solver", "dopri5", "see cola_jax.likelihood.Settings")
-_STEPS = flags.DEFINE_integer("steps", 0, "fixed steps; 0: by the tolerances")
-_POWER = flags.DEFINE_float("power", 1.0, "of the fixed steps; 2: finer near the data")
-_RTOL = flags.DEFINE_float("rtol", 1e-3, "relative tolerance")
-_ATOL = flags.DEFINE_float("atol", 1e-3, "absolute tolerance")
+_SETTINGS = cli_settings.scoring_flags(skip=("samples",))
 _JSON = flags.DEFINE_string("json", None, "file for the numbers")
 
 
@@ -65,8 +61,8 @@ def main() -> None:
         counts = sorted(int(value) for value in _SAMPLES.value)
     except ValueError:
         raise UserError(f"--samples = {','.join(_SAMPLES.value)}: must be numbers with commas between") from None
-    settings = Settings(counts[-1], _SOLVER.value, _STEPS.value, _POWER.value, _RTOL.value, _ATOL.value)
-    dataclasses.replace(settings, samples=counts[0]).validate()
+    _SETTINGS(Settings(samples=counts[0]))
+    settings = _SETTINGS(Settings(samples=counts[-1]))
     if _PART.value == "speed":
         first, found = likelihood.speed(settings, _COUNT.value)
         say(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli, rng, sampling
+from cola_jax import cli, cli_settings, families, rng, sampling
 from cola_jax.evaluation import trained
 from cola_jax.types import UserError
 
-_LOAD, _SETTINGS = cli.checkpoint_flags(), cli.sampling_flags()
+_LOAD, _SETTINGS = cli.checkpoint_flags(), cli_settings.generation_flags()
 _MODE = flags.DEFINE_enum("mode", "continue", ["continue", "infill", "edit"], "what to do with a prompt")
 _STRENGTH = flags.DEFINE_float("strength", 0.5, "mode edit: the time to which words are noised, up to 1")
 _STREAM = flags.DEFINE_bool("stream", False, "mode continue: print each block as it comes, one prompt after another")
@@ -65,7 +65,7 @@ def marked(index: int, prompt: str) -> tuple[str, str, str]:
 
 def continuations(run: trained.Trained, prompts, settings, key) -> Iterator[list[int]]:
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
-    if flags.FLAGS.max_new_tokens is None:  # the budget shrinks to the context; a prompt that fills it is refused
+    if "max_new_tokens" not in _SETTINGS.given():  # the budget shrinks to the context; a prompt must leave room
         room = run.config.data.sequence_length - max(map(len, ids))
         settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
     if not _STREAM.value:
@@ -101,14 +101,15 @@ def changes(run: trained.Trained, prompts, settings, key) -> Iterator[tuple[list
 
 def main(arguments: list[str]) -> None:
     prompts = read_prompts(arguments)
-    _SETTINGS(sampling.Settings())  # before anything is loaded
+    _SETTINGS.check()  # before anything is loaded
     if _MODE.value != "continue":
         for index, prompt in enumerate(prompts):
             marked(index, prompt)
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size = {_BATCH_SIZE.value}: must be at least 1")
     run = _LOAD()
-    settings, key = _SETTINGS(trained.settings(run.config, run.tokenizer)), rng.key(_SEED.value, "sample")
+    family, key = families.of(run.config), rng.key(_SEED.value, "sample")
+    settings = _SETTINGS(family.default_settings(run.config, run.tokenizer), family.name)
     if _MODE.value == "continue":
         found = ((tokens, None) for tokens in continuations(run, prompts, settings, key))
     else:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from cola_jax import cli, rng, sharding
+from cola_jax import cli, cli_settings, families, rng, sharding
 from cola_jax.config import MESH_AXES, TrainConfig
 from cola_jax.evaluation import score_file, trained
-from cola_jax.likelihood import Settings, estimators, requests
+from cola_jax.likelihood import estimators, requests
 from cola_jax.types import UserError
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run, or of a released checkpoint")
@@ -29,11 +29,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of all draws; those of line i depend on
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "rows scored at a time", lower_bound=1)
 _END_OF_TEXT = flags.DEFINE_bool("end_of_text", True, "texts and responses are complete: score their end, too")
 _MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "devices; 0: all that are left") for n in MESH_AXES}
-_KINDS = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-_SETTINGS = {
-    field.name: _KINDS[field.type](field.name, field.default, "see cola_jax.likelihood.Settings")
-    for field in dataclasses.fields(Settings)
-}
+_SETTINGS = cli_settings.scoring_flags()
 
 
 def read(path: str | None, form: requests.Format) -> tuple[list[requests.Request], str]:
@@ -52,11 +48,12 @@ def read(path: str | None, form: requests.Format) -> tuple[list[requests.Request
 
 
 def main() -> None:
-    settings = Settings(**{name: flag.value for name, flag in _SETTINGS.items()})
-    settings.validate()
+    _SETTINGS.check()
     if not _OUTPUT.value:
         raise UserError("--output is missing: it must name a file for the results")
     run = trained.load(_CHECKPOINT.value)
+    family = families.of(run.config)
+    settings = _SETTINGS(family.score_settings(), family.name)
     estimators.check_model(run.model, run.params)
     context = run.config.data.sequence_length
     form = requests.Format(run.tokenizer, context, run.config.data.align, run.config.vae.patch_size, _END_OF_TEXT.value)

@@ -113,16 +113,16 @@ def test_one_field_can_be_like_another():
 
 def test_everything_is_described():
     lines = fields.describe(Outer).splitlines()
-    assert lines[0] == "name = 'a': kind; one of 'a', 'b'"
-    assert lines[3] == "steps = (): where; each at least 1"
-    assert lines[-1] == "inner.factor = 1.0: times; above 0 and below 2"
+    assert lines[0] == "name = 'a': kind (one of 'a', 'b')"
+    assert lines[3] == "steps = (): where (each at least 1)"
+    assert lines[-1] == "inner.factor = 1.0: times (above 0 and below 2)"
 
 
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES)
 def test_every_field_of_the_system_has_a_meaning_and_a_default_in_range(family):
     for cls in (family.config, family.settings, family.score_settings):
         for entry in fields.entries(cls).values():
-            assert entry.rule.meaning and "\n" not in entry.text, entry.name
+            assert entry.rule.meaning and "\n" not in entry.rule.meaning + entry.range, entry.name
             if entry.name != "family":
                 fields.check_value(entry, entry.default, entry.name)
 

@@ -45,7 +45,11 @@ class Settings:
         "times between which guidance acts; outside, the unconditional branch is not computed",
         where=(lambda value: 0 <= value[0] <= value[1] <= 1, "two numbers from 0 to 1, the lower first"),
     )
-    conditioning: str = setting("clean", "known positions of a block that has unknown ones too", choices=CONDITIONINGS)
+    conditioning: str = setting(
+        "clean",
+        "known positions in a generated block: pinned, noised at first, or avoided by padding",
+        choices=CONDITIONINGS,
+    )
     repaint_cycles: int = setting(1, "r of 'repaint': how often each of those steps is done", at_least=1)
     repaint_fraction: float = setting(1.0, "m of 'repaint': the share of the steps", at_least=0, at_most=1)
     max_new_tokens: int = like(SampleConfig, "max_new_tokens", 32)

@@ -101,7 +101,7 @@ def test_tolerances_that_cannot_be_met(run, cache, asked, tmp_path):
     [
         ({"text": "word " * 80}, (), "in.jsonl line 1: text makes"),
         ({"prefix": TEXT, "response": ""}, (), "in.jsonl line 1: response is empty"),
-        ({"text": TEXT}, ("--samples=0",), "likelihood samples = 0: must be at least 1"),
+        ({"text": TEXT}, ("--samples=0",), "--samples = 0: must be at least 1"),
         ({"text": TEXT}, ("--dtype=float64",), "JAX_ENABLE_X64=1"),
         ({"text": TEXT}, ("--mesh_data=3",), "mesh"),
         ({"other": TEXT}, (), "in.jsonl line 1: fields ['other']"),
