@@ -15,10 +15,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cola_jax import config as configs
+from cola_jax import families, runs
 from cola_jax.cli_settings import config_help
-from cola_jax.evaluation import trained
-from cola_jax.train import distributed, interrupts, loop
+from cola_jax.config import Config
+from cola_jax.train import distributed, interrupts, trainer
 from cola_jax.types import UserError
 
 flags.disclaim_key_flags()  # they are those of the binary that asks for them, and its --help lists them
@@ -33,12 +33,13 @@ def config_flag(name: str = "config"):
     return config_flags.DEFINE_config_file(name, lock_config=True, help_string=config_help(name))
 
 
-def checkpoint_flags() -> Callable[[], trained.Trained]:
+def checkpoint_flags() -> Callable[[], runs.Run]:
     """Defines ``--checkpoint`` and what goes with it; returns a function that loads what they name."""
     path = flags.DEFINE_string("checkpoint", None, "directory of a run (--workdir of the training), or a released one")
+    step = flags.DEFINE_integer("step", None, "step of the run's last stage; default: the newest checkpoint", 0)
     tokenizer = flags.DEFINE_string("tokenizer", None, "a tokenizer.json; default: the one in a released directory")
     ids = [flags.DEFINE_integer(name, -1, "special id; default: from the file", -1) for name in ("eos_id", "pad_id")]
-    return lambda: trained.load(path.value, tokenizer=tokenizer.value, eos_id=ids[0].value, pad_id=ids[1].value)
+    return lambda: runs.load(path.value, step.value, "--checkpoint", tokenizer.value, *(flag.value for flag in ids))
 
 
 def machine_flags() -> Callable[[], None]:
@@ -74,7 +75,7 @@ def profile_flag() -> Callable[[], tuple[int, int] | None]:
     return read
 
 
-def read_config(flag) -> configs.Config:
+def read_config(flag) -> Config:
     """The validated config of a parsed `config_flag`.
 
     Raises:
@@ -89,7 +90,7 @@ def read_config(flag) -> configs.Config:
     except OSError as error:
         reason = "no such file" if "No such file" in str(error) else str(error).strip().splitlines()[-1]
         raise UserError(f"--{flag.name} = {path}: {reason}") from error
-    return configs.parse(values)
+    return families.parse(values)
 
 
 def _parse_error(error: Exception, argv: list[str]) -> str:
@@ -165,9 +166,9 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
             main(*([argv[1:]] if arguments else []))
         except UserError as error:
             _fail(str(error), interrupts.BAD_INPUT)
-        except loop.NonFiniteLoss as error:
+        except trainer.NonFiniteLoss as error:
             _fail(str(error), interrupts.DIVERGED)
-        except loop.Interrupted as error:
+        except interrupts.Interrupted as error:
             print(str(error), flush=True)
             sys.exit(error.status)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Speed of generation and of the training step (stage 2), random weights, against this device's matmul rate.
+"""Speed of generation and of the training step (the last stage), random weights, against this device's matmul rate.
 
     python launch/benchmark.py --config=configs/benchmark.py --batch=1,8
     python launch/benchmark.py --config=configs/paper_2b.py --what=generation --dtype=bfloat16 --batch=1,8,32
@@ -6,12 +6,13 @@
 Prints a line for each row; with --json=FILE the rows are also written there.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli, sampling
+from cola_jax import cli, families
 from cola_jax.evaluation import benchmark
 from cola_jax.types import UserError
 
@@ -24,7 +25,13 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "the fastest counts")
 _JSON = flags.DEFINE_string("json", None, "file for the rows")
 
 
-def _say(row: dict) -> None:
+class _NoTokenizer:
+    """Random tokens have no end of text."""
+
+    eos_id = pad_id = None
+
+
+def _log(row: dict) -> None:
     print(
         f"{row['what']:10s} {row['dtype']:8s} batch {row['batch']:3d}: {row['tokens_per_s']:8.1f} tokens/s, "
         f"{row['flops_per_s'] / 1e9:.0f} of {row['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s of matmul "
@@ -36,8 +43,8 @@ def _say(row: dict) -> None:
 
 def main() -> None:
     config = cli.read_config(_CONFIG)
-    if not config.vae.vocab_size:
-        raise UserError("config.vae.vocab_size = 0: must be the size of a vocabulary here")
+    if not benchmark.vocabulary(config):
+        raise UserError("config: the model's vocab_size = 0: must be the size of a vocabulary here")
     try:
         batches = [int(size) for size in _BATCH.value]
     except ValueError:
@@ -48,11 +55,8 @@ def main() -> None:
             raise UserError(f"--{flag.name} = {wrong[0]!r}: must be one of {', '.join(checks[flag.name])}")
     if min(batches) < 1 or _REPEATS.value < 1 or _PROMPT.value < 0:
         raise UserError("--batch and --repeats must be at least 1, --prompt at least 0")
-    sample = config.sample
-    settings = sampling.Settings(
-        steps=sample.steps, guidance_scale=sample.guidance_scale, max_new_tokens=sample.max_new_tokens
-    )
-    settings.validate()
+    family = families.of(config)
+    settings = dataclasses.replace(family.default_settings(config, _NoTokenizer()), context=None)
     rows = []
     for dtype in _DTYPE.value:
         for what in _WHAT.value:
@@ -62,7 +66,7 @@ def main() -> None:
                 else:
                     row = benchmark.training(config, dtype, batch, _REPEATS.value)
                 rows.append(row)
-                _say(row)
+                _log(row)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -16,6 +16,7 @@ from cola_jax.types import UserError
 
 _FROM = flags.DEFINE_string("from", None, "a released checkpoint, or the directory of a run")
 _TO = flags.DEFINE_string("to", None, "a directory that is new or empty")
+_STEP = flags.DEFINE_integer("step", None, "to a released checkpoint: step of the run; default: the newest", 0)
 _DTYPE = flags.DEFINE_string("dtype", None, "type of the tensors; default: float32, and on the way back what it was")
 _EOS_ID = flags.DEFINE_integer("eos_id", -1, "to a run: end of text; default: from tokenizer.json", -1)
 _PAD_ID = flags.DEFINE_integer("pad_id", -1, "to a run: padding; default: from tokenizer.json", -1)
@@ -29,7 +30,7 @@ def main() -> None:
         raise UserError(f"--{'to' if _FROM.value else 'from'} is missing: it must name a directory")
     if not conversion.is_released(_FROM.value):
         shard, overwrite = int(_SHARD.value * 1e9), _OVERWRITE.value
-        conversion.to_released(_FROM.value, _TO.value, _DTYPE.value, shard, overwrite)
+        conversion.to_released(_FROM.value, _TO.value, _DTYPE.value, shard, overwrite, _STEP.value)
         return
     mesh = None
     if any(flag.value != 1 for flag in _MESH.values()):

@@ -3,7 +3,7 @@
     python launch/likelihood.py --checkpoint=runs/quickstart --part=gap --count=64 --samples=1,10,100
     python launch/likelihood.py --checkpoint=runs/quickstart --part=ranking --count=64 --samples=4
     python launch/likelihood.py --checkpoint=runs/quickstart --part=sweep --count=8
-    python launch/likelihood.py --part=speed --solver=heun --steps=16 --count=4 --samples=1
+    python launch/likelihood.py --part=speed --config=configs/benchmark.py --solver=heun --steps=16 --samples=1
 
 Solver, tolerances and divergence are flags; with --json=FILE the numbers are written there.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from absl import flags
 
 from cola_jax import cli, cli_settings
-from cola_jax.evaluation import likelihood, trained
+from cola_jax.evaluation import likelihood
 from cola_jax.likelihood import Settings
 from cola_jax.types import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run, or of a released checkpoint")
+_LOAD, _CONFIG = cli.checkpoint_flags(), cli.config_flag()
 _PART = flags.DEFINE_enum("part", "gap", ["gap", "ranking", "sweep", "probes", "speed"], "what to measure")
 _COUNT = flags.DEFINE_integer("count", 64, "held-out stories", lower_bound=2)
 _SAMPLES = flags.DEFINE_list("samples", "1,10", "K; the IWAE is given for each, the ELBO for the largest")
@@ -29,15 +29,15 @@ _SETTINGS = cli_settings.scoring_flags(skip=("samples",))
 _JSON = flags.DEFINE_string("json", None, "file for the numbers")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, flush=True)
 
 
 def measure(run, settings: Settings, counts: list[int]) -> dict | list:
-    """The part that was asked for, as JSON can hold it; says it in lines."""
+    """The part that was asked for, as JSON can hold it; logs it in lines."""
     arguments = (_COUNT.value, _SEED.value)
     if _PART.value in ("sweep", "probes"):
-        found = getattr(likelihood, _PART.value)(run, settings, *arguments, say)
+        found = getattr(likelihood, _PART.value)(run, settings, *arguments, log)
         return [row._asdict() | {"settings": dataclasses.asdict(row.settings)} for row in found]
     if _PART.value == "ranking":
         found = likelihood.ranking(run, settings, *arguments)
@@ -47,12 +47,12 @@ def measure(run, settings: Settings, counts: list[int]) -> dict | list:
 
         def report(done, total):
             left = (time.monotonic() - start) / done * (total - done)
-            say(f"{done}/{total} samples  ETA {left:.0f} s")
+            log(f"{done}/{total} samples  ETA {left:.0f} s")
 
         found = likelihood.gap(run, settings, *arguments, counts, report)
         values = {name: value._asdict() for name, value in found.items()}
     for name, value in found.items():
-        say(f"{name}: {value}")
+        log(f"{name}: {value}")
     return values
 
 
@@ -64,10 +64,10 @@ def main() -> None:
     _SETTINGS(Settings(samples=counts[0]))
     settings = _SETTINGS(Settings(samples=counts[-1]))
     if _PART.value == "speed":
-        first, found = likelihood.speed(settings, _COUNT.value)
-        say(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")
+        first, found = likelihood.speed(cli.read_config(_CONFIG), settings, _COUNT.value)
+        log(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")
     else:
-        found = measure(trained.load(_CHECKPOINT.value), settings, counts)
+        found = measure(_LOAD(), settings, counts)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 

@@ -21,8 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli, cli_settings, families, rng, sampling
-from cola_jax.evaluation import trained
+from cola_jax import cli, cli_settings, rng, runs
 from cola_jax.types import UserError
 
 _LOAD, _SETTINGS = cli.checkpoint_flags(), cli_settings.generation_flags()
@@ -63,34 +62,34 @@ def marked(index: int, prompt: str) -> tuple[str, str, str]:
     return found.groups()
 
 
-def continuations(run: trained.Trained, prompts, settings, key) -> Iterator[list[int]]:
+def continuations(run: runs.Run, prompts, settings, key) -> Iterator[list[int]]:
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
     if "max_new_tokens" not in _SETTINGS.given():  # the budget shrinks to the context; a prompt must leave room
         room = run.config.data.sequence_length - max(map(len, ids))
         settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
     if not _STREAM.value:
-        batches = sampling.generate_batches(run.model, run.params, ids, settings, key, batch_size=_BATCH_SIZE.value)
+        batches = run.family.generate_batches(run.model, run.params, ids, settings, key, _BATCH_SIZE.value)
         yield from (tokens for _, tokens in batches)
         return
     for index, prompt in enumerate(ids):
         tokens = []
-        for piece in sampling.stream(run.model, run.params, [prompt], settings, key, sample_ids=[index]):
+        for piece in run.family.stream(run.model, run.params, [prompt], settings, key, sample_ids=[index]):
             shown, tokens = len(run.tokenizer.decode(tokens)), tokens + piece.tokens[0]
             print(run.tokenizer.decode(tokens)[shown:], end="", flush=True)
         yield tokens
 
 
-def changes(run: trained.Trained, prompts, settings, key) -> Iterator[tuple[list[int], str]]:
+def changes(run: runs.Run, prompts, settings, key) -> Iterator[tuple[list[int], str]]:
     """For each prompt, its new tokens and the whole text."""
     parts = [marked(index, prompt) for index, prompt in enumerate(prompts)]
     sides = [(run.tokenizer.encode(before), run.tokenizer.encode(after)) for before, _, after in parts]
     if _MODE.value == "infill":
         texts = [(b, int(part[1]), a) for (b, a), part in zip(sides, parts, strict=True)]
-        function, options = sampling.infill, {}
+        function, options = run.family.infill, {}
     else:
         inside = [run.tokenizer.encode(part[1]) for part in parts]
         texts = [(b + i + a, len(b), len(b) + len(i)) for (b, a), i in zip(sides, inside, strict=True)]
-        function, options = sampling.edit, {"strength": _STRENGTH.value}
+        function, options = run.family.edit, {"strength": _STRENGTH.value}
     for start in range(0, len(texts), _BATCH_SIZE.value):
         chunk = slice(start, start + _BATCH_SIZE.value)
         ids = range(len(texts))[chunk]
@@ -108,8 +107,9 @@ def main(arguments: list[str]) -> None:
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size = {_BATCH_SIZE.value}: must be at least 1")
     run = _LOAD()
-    family, key = families.of(run.config), rng.key(_SEED.value, "sample")
-    settings = _SETTINGS(family.default_settings(run.config, run.tokenizer), family.name)
+    key, settings = rng.key(_SEED.value, "sample"), _SETTINGS(run.settings, run.family.name)
+    if _MODE.value != "continue" and getattr(run.family, _MODE.value) is None:
+        raise UserError(f"--mode = {_MODE.value}: family {run.family.name!r} only continues texts")
     if _MODE.value == "continue":
         found = ((tokens, None) for tokens in continuations(run, prompts, settings, key))
     else:

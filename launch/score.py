@@ -1,4 +1,4 @@
-"""Likelihood of text: ELBO and IWAE with error bars, scores of responses and candidates, as JSON lines.
+"""Likelihood of text (exact, or ELBO and IWAE with error bars), scores of responses and candidates, as JSON lines.
 
     python launch/score.py --checkpoint=runs/quickstart --input=texts.jsonl --output=scores.jsonl --samples=10
 
@@ -12,17 +12,16 @@ import hashlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from cola_jax import cli, cli_settings, families, rng, sharding
+from cola_jax import cli, cli_settings, rng, sharding
 from cola_jax.config import MESH_AXES, TrainConfig
-from cola_jax.evaluation import score_file, trained
-from cola_jax.likelihood import estimators, requests
+from cola_jax.evaluation import score_file
+from cola_jax.likelihood import requests
 from cola_jax.types import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory of a run, or of a released checkpoint")
+_LOAD = cli.checkpoint_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSON lines")
 _OUTPUT = flags.DEFINE_string("output", None, "file for the results")
 _SEED = flags.DEFINE_integer("seed", 0, "of all draws; those of line i depend on (seed, i) alone")
@@ -51,22 +50,22 @@ def main() -> None:
     _SETTINGS.check()
     if not _OUTPUT.value:
         raise UserError("--output is missing: it must name a file for the results")
-    run = trained.load(_CHECKPOINT.value)
-    family = families.of(run.config)
+    run = _LOAD()
+    family, data, context = run.family, run.config.data, run.config.data.sequence_length
     settings = _SETTINGS(family.score_settings(), family.name)
-    estimators.check_model(run.model, run.params)
-    context = run.config.data.sequence_length
-    form = requests.Format(run.tokenizer, context, run.config.data.align, run.config.vae.patch_size, _END_OF_TEXT.value)
+    family.check_scorable(run.model, run.params)
+    unit = family.tokens_per_latent(run.config)
+    form = requests.Format(run.tokenizer, context, data.align, unit, _END_OF_TEXT.value)
     asked, digest = read(_INPUT.value, form)
     mesh = sharding.make_mesh(TrainConfig(**{f"mesh_{name}": flag.value for name, flag in _MESH.items()}))
-    abstract = jax.eval_shape(run.model.init, jax.random.key(0), jnp.zeros((1, context), jnp.int32))
+    abstract = jax.eval_shape(family.init(run.model, run.config), jax.random.key(0))
     params = jax.device_put(run.params, sharding.shardings(abstract, mesh))
-    checkpoint = f"{Path(_CHECKPOINT.value).absolute()} step {run.step}"
+    checkpoint = f"{Path(flags.FLAGS.checkpoint).absolute()} step {run.step}"
     identity = {"input": digest, "checkpoint": checkpoint, "seed": _SEED.value, "end_of_text": _END_OF_TEXT.value}
     identity |= {name: value for name, value in dataclasses.asdict(settings).items() if name != "rows"}
     output, key = Path(_OUTPUT.value), rng.key(_SEED.value, "likelihood")
     done = score_file.resume(output, identity)
-    scorer = requests.Scorer(run.model, params, settings, key, context, _BATCH_SIZE.value, mesh)
+    scorer = family.scorer(run.model, params, settings, key, context, _BATCH_SIZE.value, mesh)
     failed = []
     with tqdm(unit="sample", dynamic_ncols=True) as bar:
 

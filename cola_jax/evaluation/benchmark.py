@@ -16,12 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cola_jax import rng, sampling, sharding
-from cola_jax.models import cola
-from cola_jax.models.cola import ColaDLM
-from cola_jax.models.dit import DiTConfig
-from cola_jax.sampling.blocks import Plan
-from cola_jax.train import metrics, setup, state, step
+from cola_jax import families, rng, sharding
+from cola_jax.train import state, step
 from cola_jax.types import Params
 
 
@@ -52,20 +48,6 @@ def measure(call: Callable[[], object], dtype: str, repeats: int) -> dict[str, f
         rates.append(flops / _seconds(multiply))
         times.append(_seconds(call))
     return {"first_call_s": first, "seconds": min(times), "matmul_flops": max(rates)}
-
-
-def prior_flops(config: DiTConfig, settings: sampling.Settings, patch_size: int) -> float:
-    """FLOPs that generation needs for each new token: multiplications by the DiT's weights.
-
-    Every evaluation passes a block, twice where it is guided, and each finished block once more into the cache.
-    Modulations (once for all blocks), attention, encoder and decoder are left out.
-    """
-    width = config.num_heads * config.head_dim
-    weights = config.num_layers * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2)
-    evaluations = 2 if settings.solver == "heun" else 1
-    guided = Plan(None, settings, 0).guided
-    passes = 1 + evaluations * (len(guided) + sum(guided))
-    return 2.0 * weights * passes / patch_size
 
 
 def count_flops(function: Callable, *args) -> float:
@@ -128,52 +110,65 @@ def _report(what: str, found: dict, tokens: int, flops: float, **more) -> dict:
     }
 
 
-def random_params(model: ColaDLM, dtype: str) -> Params:
-    """Initial variables, in the type of the computation."""
-    tokens = jnp.zeros((1, model.dit_config.block_size * model.vae_config.patch_size), jnp.int32)
+def random_params(config: Config, dtype: str) -> Params:
+    """Initial variables of a config's model, in the type of the computation."""
+    family = families.of(config)
+    init = family.init(family.model(config), config)
 
     @jax.jit
     def make(key):
-        return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(model.init(key, tokens)))
+        return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(init(key)))
 
     return make(jax.random.key(0))
 
 
-def generation(config: Config, dtype: str, batch: int, prompt: int, settings: sampling.Settings, repeats: int) -> dict:
-    """Speed of generation with random weights and prompts, all sequences to the end of their budget."""
-    model = cola.create(config.vae, config.dit, dtype)
-    params = random_params(model, dtype)
-    prompts = np.random.default_rng(0).integers(0, config.vae.vocab_size, (batch, prompt)).tolist()
+def generation(config: Config, dtype: str, batch: int, prompt: int, settings, repeats: int) -> dict:
+    """Speed of generation with random weights and prompts, all sequences to the end of their budget.
+
+    Args:
+      config: of any family, whose model knows its vocabulary.
+      settings: of that family's generation.
+    """
+    family, config = families.of(config), _in_dtype(config, dtype)
+    model, params = family.model(config), random_params(config, dtype)
+    prompts = np.random.default_rng(0).integers(0, vocabulary(config), (batch, prompt)).tolist()
 
     def call():
-        return sampling.generate(model, params, prompts, settings, key=jax.random.key(0)).tokens
+        return family.generate(model, params, prompts, settings, key=jax.random.key(0)).tokens
 
     found = measure(call, dtype, repeats)
-    flops = prior_flops(config.dit, settings, config.vae.patch_size)
-    tokens = batch * settings.max_new_tokens
+    flops, tokens = family.generation_flops(config, settings), batch * settings.max_new_tokens
     return _report("generation", found, tokens, flops, dtype=dtype, batch=batch, prompt=prompt)
 
 
 def training(config: Config, dtype: str, batch: int, repeats: int) -> dict:
-    """Speed of a step of stage 2 with random weights and tokens."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
-    made, mesh, rules = setup.model(config), sharding.make_mesh(config.train), sharding.make_rules(config.train.axes)
-    parts = setup.stage(config, 2, made.init)
-    target = state.abstract(parts.make, mesh, rules)
-    train_step = step.make_train_step(
-        made.terms[1], parts.optimizer, parts.settings, parts.trained, target, mesh,
-        steps=parts.steps, seed=0, rules=rules,
-    )  # fmt: skip
-    length = config.data.sequence_length
-    ids = np.random.default_rng(0).integers(0, config.vae.vocab_size, (batch, length), dtype=np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    rows = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": positions}
-    current = [state.create(parts.make, target, rng.key(0, "init"))]
-    placed = sharding.put_batch(mesh, rows)
+    """Speed of a step of the last stage with random weights and tokens."""
+    family, config = families.of(config), _in_dtype(config, dtype)
+    model, mesh = family.model(config), sharding.make_mesh(config.train)
+    rules, stage = sharding.make_rules(config.train.axes), family.stages(model, config)[-1]
+    make = state.make_init(family.init(model, config), stage)
+    target = state.abstract(make, mesh, rules)
+    train_step = step.make_train_step(stage, target, mesh, seed=0, rules=rules)
+    shape = (batch, config.data.sequence_length)
+    ids = np.random.default_rng(0).integers(0, vocabulary(config), shape, dtype=np.int32)
+    current = [state.create(make, target, rng.key(0, "init"))]
+    placed = sharding.put_batch(mesh, {"tokens": ids, "segment_ids": np.ones_like(ids)})
 
     def call():
         current[0], values = train_step(current[0], placed)
         return values
 
     found = measure(call, dtype, repeats)
-    return _report("training", found, ids.size, metrics.flops_per_token(config, 2), dtype=dtype, batch=batch)
+    return _report("training", found, ids.size, stage.flops_per_token, dtype=dtype, batch=batch)
+
+
+def vocabulary(config: Config) -> int:
+    """Tokens that the model of a config knows; 0: the config leaves it to a tokenizer."""
+    groups = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return next(
+        group.vocab_size for group in groups if hasattr(group, "attention_kernel") and hasattr(group, "vocab_size")
+    )
+
+
+def _in_dtype(config: Config, dtype: str) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))

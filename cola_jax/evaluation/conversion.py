@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 from cola_jax import config as configs
 from cola_jax import release
 from cola_jax.data import tokenizers
-from cola_jax.evaluation import trained
-from cola_jax.models import cola
+from cola_jax.families import cola
 from cola_jax.released import files
-from cola_jax.train import checkpoint
+from cola_jax.train import checkpoint, saved
 from cola_jax.types import UserError
 
 ORIGIN = "released.json"  # in a run's directory: what the files of the released checkpoint held besides parameters
@@ -59,7 +58,7 @@ def to_run(
       UserError: see `release.load`; the target is not empty; the disk is full.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
-    config = trained.released_config(release.read_model(source), eos_id, pad_id)
+    config = cola.released_config(release.read_model(source), eos_id, pad_id)
     tokenizer = _has_tokenizer(source, config.data)
     dtype = files.dtype_of(dtype, "--dtype").name
     needed = files.total_bytes(release.specs(release.read_model(source), dtype).values())
@@ -89,25 +88,32 @@ def _kept(run: Path) -> dict | None:
 
 
 def to_released(
-    source: str, target: str, dtype: str | None = None, max_shard_size: int = 50 * 10**9, overwrite: bool = False
+    source: str,
+    target: str,
+    dtype: str | None = None,
+    max_shard_size: int = 50 * 10**9,
+    overwrite: bool = False,
+    step: int | None = None,
 ) -> None:
-    """Writes the newest checkpoint of a run in the released layout: all of it, or nothing under this name.
+    """Writes a checkpoint of a run in the released layout: all of it, or nothing under this name.
 
     Args:
       source: the run's directory.
       target: a directory that is new or empty, or a released one with ``overwrite``.
       dtype: of the tensors; None: what they were where the run came from a released checkpoint, else float32.
+      step: of the run's last stage; None: the newest checkpoint.
       max_shard_size, overwrite: see `release.save`.
 
     Raises:
-      UserError: see `checkpoint.open_params` and `release.save`.
+      UserError: see `saved.open_lazily` and `release.save`.
     """
-    loaded = checkpoint.open_params(source)
-    run, data = loaded.tokenizer_path.parent, loaded.config.data
-    vae = loaded.config.vae
-    if not vae.vocab_size:
-        vae = cola.with_vocabulary(vae, tokenizers.create(data, loaded.tokenizer_path).vocab_size)
-    model = cola.create(vae, loaded.config.dit)
+    loaded = saved.open_lazily(source, step)
+    run, data, config = loaded.tokenizer_path.parent, loaded.config.data, loaded.config
+    if not isinstance(config, cola.ColaConfig):
+        raise UserError(f"{source}: a run of family {config.family!r}; the released layout is that of 'cola'")
+    if not config.vae.vocab_size:
+        config = cola.resolve(config, tokenizers.create(data, loaded.tokenizer_path).vocab_size)
+    model = cola.make_model(config)
     file = Path(data.tokenizer_path or run / release.TOKENIZER)
     has_file = data.tokenizer == "huggingface" and os.path.exists(file)
     release.save(

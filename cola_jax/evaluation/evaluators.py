@@ -3,17 +3,18 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from cola_jax import rng, runs, sharding
-from cola_jax.config import Config, TrainConfig
+from cola_jax.config import Config, EvaluationConfig, TrainConfig
 from cola_jax.data import corpora, packing, pipeline
 from cola_jax.data.stories import Stories
 from cola_jax.evaluation import stories
-from cola_jax.evaluation.proportion import Proportion
+from cola_jax.evaluation.statistics import Proportion, per_token
+from cola_jax.families.interface import Family
 from cola_jax.likelihood.rows import stack
 from cola_jax.runs import Run
 from cola_jax.train.experiment import data_seed
@@ -21,15 +22,15 @@ from cola_jax.train.trainer import HeldOut
 from cola_jax.types import UserError
 
 Log = Callable[[str], None]
-# (run, seed, log) -> what goes into the report
-Evaluator = Callable[[Run, int, Log], dict]
+# (run, what to evaluate, seed, log) -> what goes into the report
+Evaluator = Callable[[Run, EvaluationConfig, int, Log], dict]
 
 _LIKELIHOOD_ROWS = 64  # scored at a time
 
 
-def reconstruction(run: Run, seed: int, log: Log) -> dict:
+def reconstruction(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Share of held-out tokens that the decoder recovers from one posterior sample of their latents."""
-    data, count = run.config.data, run.config.evaluation.count
+    data, count = run.config.data, evaluation.count
     batches = itertools.islice(pipeline.create(data, run.tokenizer, "holdout", seed), -(-count // data.batch_size))
     right = total = 0
     for index, batch in enumerate(batches):
@@ -41,7 +42,7 @@ def reconstruction(run: Run, seed: int, log: Log) -> dict:
     return {"reconstruction": found.mean, "reconstruction_interval": found.interval}
 
 
-def held_out(run: Run, seed: int, log: Log) -> dict:
+def held_out(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Loss and terms of the last stage over held-out batches: for Cola the flow loss, for AR the cross-entropy."""
     del seed  # the batches and draws are those of the evaluations in training
     config = run.config
@@ -50,39 +51,46 @@ def held_out(run: Run, seed: int, log: Log) -> dict:
     mesh = sharding.make_mesh(TrainConfig(mesh_data=1), jax.local_devices()[:1])
     evaluate = HeldOut(stages[number - 1], mesh, config.seed, sharding.make_rules(config.train.axes))
     dataset = pipeline.create(config.data, run.tokenizer, "holdout", data_seed(config.data_seed, number))
-    batches = evaluate.read(dataset, -(-config.evaluation.count // config.data.batch_size))
+    batches = evaluate.read(dataset, -(-evaluation.count // config.data.batch_size))
     found = evaluate(run.params, {}, batches)
     log("held out: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return {"held_out": found}
 
 
-def generated_stories(run: Run, seed: int, log: Log) -> dict:
+def generated_stories(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Validity and coherence of generated stories."""
-    return {"generation": stories.report(run, run.config.evaluation.count, seed, log)}
+    return {"generation": stories.report(run, evaluation.count, seed, log)}
 
 
-def likelihood(run: Run, seed: int, log: Log) -> dict:
-    """``-log p(x)`` of held-out documents, nats per token; on `stories` beside the corpus's exact entropy."""
-    config, settings = run.config, run.family.score_settings()
-    documents = corpora.documents(config.data, "holdout", config.data_seed)
-    chosen = [documents[i] for i in range(min(config.evaluation.count, len(documents)))]
-    ids = [
-        packing.document_tokens(text, run.tokenizer, config.data.align)[: config.data.sequence_length]
-        for text in chosen
-    ]
-    log_prob, key = [], rng.key(seed, "likelihood")
+def _log_probs(run: Run, texts: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """log p of each text under a run, its tokens and one end of text, and whether log p is exact or a bound.
+
+    A text that is longer than the run's context is cut there.
+    """
+    data, settings, key = run.config.data, run.family.score_settings(), rng.key(seed, "likelihood")
+    run.family.check_scorable(run.model, run.params)
+    ids = [packing.document_tokens(text, run.tokenizer, data.align)[: data.sequence_length].tolist() for text in texts]
+    log_prob, bound = [], ""
     for start in range(0, len(ids), _LIKELIHOOD_ROWS):
-        chunk = ids[start : start + _LIKELIHOOD_ROWS]
-        tokens, segments = stack([row.tolist() for row in chunk], config.data.sequence_length)
+        tokens, segments = stack(ids[start : start + _LIKELIHOOD_ROWS], data.sequence_length)
         scores = run.family.score(run.model, run.params, tokens, segments, settings, jax.random.fold_in(key, start))
         log_prob.append(np.asarray(scores.log_prob))
-    counted = np.array([len(run.tokenizer.encode(text)) + 1 for text in chosen])  # and one end of text
-    rate, error = per_token(-np.concatenate(log_prob), counted)
-    name = "-log p(x)" if scores.bound == "exact" else "bound on -log p(x)"
-    found = {"nats_per_token": rate, "error": error, "bound": scores.bound, "documents": len(chosen)}
-    line = f"held out: {name} {rate:.4f} +- {error:.4f} nats a token"
-    if config.data.corpus == "stories":
-        known = Stories(config.data.stories)
+        bound = scores.bound
+    counted = np.array([min(len(run.tokenizer.encode(text)) + 1, data.sequence_length) for text in texts])
+    return np.concatenate(log_prob), counted, bound
+
+
+def likelihood(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
+    """``-log p(x)`` of held-out documents, nats per token; on `stories` beside the corpus's exact entropy."""
+    data = run.config.data
+    documents = corpora.documents(data, "holdout", run.config.data_seed)
+    chosen = [documents[i] for i in range(min(evaluation.count, len(documents)))]
+    log_prob, counted, bound = _log_probs(run, chosen, seed)
+    rate, error = per_token(-log_prob, counted)
+    found = {"nats_per_token": rate, "error": error, "bound": bound, "documents": len(chosen)}
+    line = f"held out: {'' if bound == 'exact' else 'bound on '}-log p(x) {rate:.4f} +- {error:.4f} nats a token"
+    if data.corpus == "stories":
+        known = Stories(data.stories)
         entropy, spread = per_token(-np.array([known.log_prob(text) for text in chosen]), counted)
         found |= {"entropy": entropy, "entropy_error": spread}
         line += f"; exact entropy of the same stories {entropy:.4f} +- {spread:.4f}"
@@ -90,37 +98,15 @@ def likelihood(run: Run, seed: int, log: Log) -> dict:
     return {"likelihood": found}
 
 
-def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """``sum(values) / sum(tokens)`` over texts, with the standard error of a ratio of means."""
-    ratio, count = values.sum() / tokens.sum(), len(values)
-    spread = np.sqrt(np.sum(np.square(values - ratio * tokens)) / max(count - 1, 1) / count)
-    return float(ratio), float(spread / tokens.mean())
-
-
-def perplexity(run: Run, seed: int, log: Log) -> dict:
+def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Generative perplexity: ``exp(-log p / tokens)`` of generated texts under another run, the scorer."""
-    path, count = run.config.evaluation.scorer, run.config.evaluation.count
+    path, count = evaluation.scorer, evaluation.count
     if not path:
         raise UserError("config.evaluation.scorer = '': must name the run that scores generated texts")
     scorer = runs.load(path, flag="config.evaluation.scorer")
-    scorer.family.check_scorable(scorer.model, scorer.params)
     texts = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
-    limit, align = scorer.config.data.sequence_length, scorer.config.data.align
-    ids = [packing.document_tokens(text, scorer.tokenizer, align)[:limit].tolist() for text in texts]
-    log_prob, key = [], rng.key(seed, "likelihood")
-    for start in range(0, len(ids), _LIKELIHOOD_ROWS):
-        tokens, segments = stack(ids[start : start + _LIKELIHOOD_ROWS], limit)
-        scores = scorer.family.score(
-            scorer.model,
-            scorer.params,
-            tokens,
-            segments,
-            scorer.family.score_settings(),
-            jax.random.fold_in(key, start),
-        )
-        log_prob.append(np.asarray(scores.log_prob))
-    counted = np.array([len(scorer.tokenizer.encode(text)) + 1 for text in texts])
-    rate, error = per_token(-np.concatenate(log_prob), counted)
+    log_prob, counted, _ = _log_probs(scorer, texts, seed)
+    rate, error = per_token(-log_prob, counted)
     log(f"generative perplexity under {path}: {math.exp(rate):.3f} ({rate:.4f} +- {error:.4f} nats a token)")
     return {"perplexity": {"value": math.exp(rate), "nats_per_token": rate, "error": error, "scorer": path}}
 
@@ -134,41 +120,41 @@ EVALUATORS: Mapping[str, Evaluator] = {
 }
 
 
-def names(config: Config, family) -> tuple[str, ...]:
-    """The evaluators of a run: those of its config, or those that suit its family and corpus and are quick.
+def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple[str, ...]:
+    """The evaluators that are asked for, or those that suit a run's family and corpus and are quick.
 
     Raises:
       UserError: one that does not exist, or that the family or the corpus cannot have.
     """
     on_stories = config.data.corpus == "stories"
-    if not config.evaluation.evaluators:
+    if not evaluation.evaluators:
         suiting = {
             "reconstruction": family.reconstruct is not None,
             "stories": on_stories,
             "held_out": not on_stories,
             "likelihood": family.bound == "exact",
-            "perplexity": bool(config.evaluation.scorer),
+            "perplexity": bool(evaluation.scorer),
         }
         return tuple(name for name, suits in suiting.items() if suits)
-    for name in config.evaluation.evaluators:
-        where = f"config.evaluation.evaluators = {config.evaluation.evaluators!r}"
+    for name in evaluation.evaluators:
+        where = f"config.evaluation.evaluators = {evaluation.evaluators!r}"
         if name not in EVALUATORS:
             raise UserError(f"{where}: {name!r} must be one of {', '.join(EVALUATORS)}")
         if name == "reconstruction" and family.reconstruct is None:
-            raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} has not")
+            raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} does not have")
         if name == "stories" and not on_stories:
             raise UserError(f"{where}: 'stories' needs config.data.corpus = 'stories'")
-        if name == "perplexity" and not config.evaluation.scorer:
+        if name == "perplexity" and not evaluation.scorer:
             raise UserError(f"{where}: 'perplexity' needs config.evaluation.scorer, the run that scores")
-    return tuple(config.evaluation.evaluators)
+    return tuple(evaluation.evaluators)
 
 
-def report(run: Run, seed: int, log: Log) -> dict:
+def report(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """What the run's evaluators find, together; see `EVALUATORS`."""
-    found, chosen = {}, names(run.config, run.family)
+    found, chosen = {}, names(evaluation, run.config, run.family)
     for index, name in enumerate(chosen):
         start = time.monotonic()
         log(f"evaluation {index + 1} of {len(chosen)}: {name}")
-        found |= EVALUATORS[name](run, seed, log)
+        found |= EVALUATORS[name](run, evaluation, seed, log)
         log(f"evaluation {index + 1} of {len(chosen)}: {name} took {time.monotonic() - start:.0f} s")
     return found

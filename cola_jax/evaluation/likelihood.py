@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cola_jax import likelihood, rng
+from cola_jax import families, likelihood, rng
+from cola_jax.config import Config
 from cola_jax.data import corpora, packing
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation.proportion import Proportion
+from cola_jax.evaluation.statistics import Mean, Proportion, per_token
 from cola_jax.likelihood import Settings, density, rows, weights
-from cola_jax.models import cola
-from cola_jax.models.dit import DiTConfig
-from cola_jax.models.text_vae import VAEConfig
+from cola_jax.runs import Run
 from cola_jax.types import UserError
 
 
@@ -37,42 +36,25 @@ class Texts(NamedTuple):
     log_prob: np.ndarray
 
 
-def held_out(trained, count: int, seed: int) -> Texts:
+def held_out(run: Run, count: int, seed: int) -> Texts:
     """The first held-out stories of a run.
 
     Raises:
       UserError: the run's corpus is not `stories`, or it has fewer.
     """
-    data = trained.config.data
+    data = run.config.data
     if data.corpus != "stories":
         raise UserError(f"config.data.corpus = {data.corpus!r}: only a model of 'stories' has a known entropy")
     stories, documents = Stories(data.stories), corpora.documents(data, "holdout", seed)
     if count > len(documents):
         raise UserError(f"count = {count}: must be at most the {len(documents)} held-out stories")
     texts = [documents[i] for i in range(count)]
-    ids = [packing.document_tokens(text, trained.tokenizer, data.align).tolist() for text in texts]
-    tokens = np.array([len(trained.tokenizer.encode(text)) + 1 for text in texts])
+    ids = [packing.document_tokens(text, run.tokenizer, data.align).tolist() for text in texts]
+    tokens = np.array([len(run.tokenizer.encode(text)) + 1 for text in texts])
     return Texts(texts, ids, tokens, np.array([stories.log_prob(text) for text in texts]))
 
 
-class Mean(NamedTuple):
-    """A mean over stories and its standard error."""
-
-    mean: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.error:.4f}"
-
-
-def per_token(values: np.ndarray, tokens: np.ndarray) -> Mean:
-    """``sum(values) / sum(tokens)`` over stories, with the standard error of a ratio of means."""
-    ratio, count = values.sum() / tokens.sum(), len(values)
-    spread = np.sqrt(np.sum(np.square(values - ratio * tokens)) / max(count - 1, 1) / count)
-    return Mean(float(ratio), float(spread / tokens.mean()))
-
-
-def gap(trained, settings: Settings, count: int, seed: int, counts: Sequence[int], report=None) -> dict[str, Mean]:
+def gap(run, settings: Settings, count: int, seed: int, counts: Sequence[int], report=None) -> dict[str, Mean]:
     """Nats per token of held-out stories: the model's bounds, the exact entropy, and the parts of the ELBO (3.5).
 
     ``-ELBO = reconstruction + rate + mismatch``. The rate ``I_q(X; Z)`` lies between ``H(X) - reconstruction``
@@ -80,18 +62,18 @@ def gap(trained, settings: Settings, count: int, seed: int, counts: Sequence[int
     reconstruction term. "filling" is the share of -ELBO of the blocks that hold nothing but end-of-text tokens.
 
     Args:
-      trained: a `trained.Trained`.
+      run: from `runs.load`.
       settings: K samples; see `Settings`.
       count: stories.
       seed: of the draws; the stories are those of the run.
       counts: values of K of the IWAE, up to ``settings.samples``.
       report: of `likelihood.log_likelihood`.
     """
-    texts = held_out(trained, count, trained.config.seed)
+    texts = held_out(run, count, run.config.seed)
     tokens, segments = likelihood.stack(texts.ids)
     key = rng.key(seed, "likelihood")
-    found = likelihood.log_likelihood(trained.model, trained.params, tokens, settings, key, segments, report=report)
-    size = trained.model.dit_config.block_size * trained.model.vae_config.patch_size
+    found = likelihood.log_likelihood(run.model, run.params, tokens, settings, key, segments, report=report)
+    size = run.model.dit_config.block_size * run.model.vae_config.patch_size
     last = -(-(texts.tokens - 1) // size)  # blocks with a token of the text
     filling = np.where(np.arange(found.blocks.elbo.shape[1])[None] >= last[:, None], -found.blocks.elbo, 0).sum(axis=1)
     curve = likelihood.iwae_curve(found.log_weights, counts)
@@ -113,7 +95,7 @@ def gap(trained, settings: Settings, count: int, seed: int, counts: Sequence[int
     return out
 
 
-def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Proportion]:
+def ranking(run, settings: Settings, count: int, seed: int) -> dict[str, Proportion]:
     """How often a story's true continuation scores above another story's, after its first sentence.
 
     The other continuation has as many tokens, sentences that are all valid, and makes the story incoherent
@@ -125,33 +107,33 @@ def ranking(trained, settings: Settings, count: int, seed: int) -> dict[str, Pro
     Raises:
       UserError: no story has such a partner.
     """
-    stories = Stories(trained.config.data.stories)
-    documents = corpora.documents(trained.config.data, "holdout", trained.config.seed)
-    pool = held_out(trained, max(count, min(4 * count, len(documents))), trained.config.seed).texts
+    stories = Stories(run.config.data.stories)
+    documents = corpora.documents(run.config.data, "holdout", run.config.seed)
+    pool = held_out(run, max(count, min(4 * count, len(documents))), run.config.seed).texts
     prefixes, responses = [], []
     for index in range(count):
         first = stories.first_sentence(pool[index])
         for other in pool[index + 1 :] + pool[:index]:
             rest = other[len(stories.first_sentence(other)) :]
             true = pool[index][len(first) :]
-            same = len(trained.tokenizer.encode(rest)) == len(trained.tokenizer.encode(true))
+            same = len(run.tokenizer.encode(rest)) == len(run.tokenizer.encode(true))
             if same and not np.isfinite(stories.log_prob(first + rest)):
                 prefixes += [first, first]
                 responses += [true, rest]
                 break
     if not prefixes:
         raise UserError(f"--count = {count}: must be large enough for pairs that differ in their global factor")
-    align, encode = trained.config.data.align, trained.tokenizer.encode
+    align, encode = run.config.data.align, run.tokenizer.encode
     prefix_ids = [encode(text) for text in prefixes]
     response_ids = []
     for prefix, response in zip(prefixes, responses, strict=True):
-        whole = packing.document_tokens(prefix + response, trained.tokenizer, align).tolist()
+        whole = packing.document_tokens(prefix + response, run.tokenizer, align).tolist()
         response_ids.append(whole[len(encode(prefix)) :])
     key, ids = rng.key(seed, "likelihood"), np.arange(len(prefixes)) // 2
-    plug_in = likelihood.conditional(trained.model, trained.params, prefix_ids, response_ids, settings, key, ids)
+    plug_in = likelihood.conditional(run.model, run.params, prefix_ids, response_ids, settings, key, ids)
     tokens, segments = likelihood.stack([p + r for p, r in zip(prefix_ids, response_ids, strict=True)])
     lengths = [len(p) for p in prefix_ids]
-    local = likelihood.log_likelihood(trained.model, trained.params, tokens, settings, key, segments, lengths, ids)
+    local = likelihood.log_likelihood(run.model, run.params, tokens, settings, key, segments, lengths, ids)
     scores = {"plug-in ELBO": plug_in.elbo, "plug-in IWAE": plug_in.iwae, "response": local.elbo}
     scores |= {"response IWAE": local.iwae, "response, prior term": local.prior}
     return {name: Proportion(int((s[::2] > s[1::2]).sum()), len(s) // 2) for name, s in scores.items()}
@@ -191,11 +173,11 @@ class Draw(NamedTuple):
     tokens: np.ndarray
 
 
-def draw(trained, count: int, seed: int) -> Draw:
+def draw(run, count: int, seed: int) -> Draw:
     """The posterior sample of the first held-out stories, and its probes, for `compare`."""
-    texts, model = held_out(trained, count, trained.config.seed), trained.model
+    texts, model = held_out(run, count, run.config.seed), run.model
     made = rows.make_rows(model, *likelihood.stack(texts.ids))
-    posterior = weights.encode(model, trained.params, made)
+    posterior = weights.encode(model, run.params, made)
     segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
     draws, probe = (rng.key(seed, "likelihood", step, np.arange(count)) for step in range(2))
     z = model.normalize(posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(draws, posterior.mean.shape[1:]))
@@ -203,26 +185,26 @@ def draw(trained, count: int, seed: int) -> Draw:
     return Draw(z, probes, segments, texts.tokens)
 
 
-def _solve(trained, sample: Draw, settings: Settings) -> density.Density:
+def _solve(run, sample: Draw, settings: Settings) -> density.Density:
     keys = None if settings.divergence == "exact" else sample.probes
-    found = density.log_prob(trained.model, trained.params, sample.z, settings, keys, sample.segments)
+    found = density.log_prob(run.model, run.params, sample.z, settings, keys, sample.segments)
     return jax.block_until_ready(found)
 
 
-def truth(trained, sample: Draw, settings: Settings) -> np.ndarray:
+def truth(run, sample: Draw, settings: Settings) -> np.ndarray:
     """log p(z) of each sequence, [B], by the settings that errors are measured against."""
-    return np.asarray(_solve(trained, sample, settings).log_prob, np.float64).sum(axis=1)
+    return np.asarray(_solve(run, sample, settings).log_prob, np.float64).sum(axis=1)
 
 
-def compare(trained, sample: Draw, settings: Settings, right: np.ndarray) -> Setting:
+def compare(run, sample: Draw, settings: Settings, right: np.ndarray) -> Setting:
     """Error and cost of one way to solve, against `truth`."""
-    _solve(trained, sample, settings)  # compiles
+    _solve(run, sample, settings)  # compiles
     start = time.perf_counter()
-    result = _solve(trained, sample, settings)
+    result = _solve(run, sample, settings)
     seconds = (time.perf_counter() - start) / len(right)
     ok = np.asarray(result.ok).all(axis=1)
     error = ((np.asarray(result.log_prob, np.float64).sum(axis=1) - right) / sample.tokens)[ok]
-    real = np.asarray(sample.segments)[:, :: trained.model.dit_config.block_size] > 0
+    real = np.asarray(sample.segments)[:, :: run.model.dit_config.block_size] > 0
     steps = float(np.asarray(result.steps)[real].mean())
     rms = float(np.sqrt(np.mean(np.square(error))))
     return Setting(settings, float(error.mean()), rms, seconds, steps, int((~ok).sum()))
@@ -240,51 +222,50 @@ VARIANTS = (
 )
 
 
-def sweep(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+def sweep(run, base: Settings, count: int, seed: int, log: Callable[[str], None]) -> list[Setting]:
     """Error of log p(z) and seconds of solvers, steps and tolerances, on one posterior sample of held-out stories.
 
     The truth is dopri8 at tolerances of 1e-6, in float64 where JAX's 64-bit mode is on. All have the same probes of
     Hutchinson's estimator, so that the error is the solver's alone; `probes` has the estimator's.
 
     Args:
-      trained: a `trained.Trained`.
+      run: from `runs.load`.
       base: what `VARIANTS` leave open.
       count: sequences.
       seed: of posterior samples and probes.
-      say: prints a line.
+      log: prints a line.
     """
-    sample = draw(trained, count, seed)
+    sample = draw(run, count, seed)
     dtype = "float64" if jax.config.jax_enable_x64 else "float32"
     reference = dataclasses.replace(base, solver="dopri8", steps=0, rtol=1e-6, atol=1e-6, max_steps=4000, dtype=dtype)
-    right = truth(trained, sample, reference)
+    right = truth(run, sample, reference)
     found = []
     for variant in VARIANTS:
         settings = dataclasses.replace(base, **({"steps": 0, "power": 1.0} | variant))
-        found.append(compare(trained, sample, settings, right))
-        say(str(found[-1]))
+        found.append(compare(run, sample, settings, right))
+        log(str(found[-1]))
     return found
 
 
-def probes(trained, base: Settings, count: int, seed: int, say: Callable[[str], None]) -> list[Setting]:
+def probes(run, base: Settings, count: int, seed: int, log: Callable[[str], None]) -> list[Setting]:
     """As `sweep`, for the divergence: the truth is the exact one, the solver is that of ``base``."""
-    sample = draw(trained, count, seed)
+    sample = draw(run, count, seed)
     exact = dataclasses.replace(base, divergence="exact")
-    right = truth(trained, sample, exact)
+    right = truth(run, sample, exact)
     found = []
     for probe, number in (("rademacher", 1), ("gaussian", 1), ("rademacher", 8), ("rademacher", 64)):
-        found.append(compare(trained, sample, dataclasses.replace(base, probe=probe, probes=number), right))
-        say(str(found[-1]))
-    found.append(compare(trained, sample, exact, right))
-    say(str(found[-1]))
+        found.append(compare(run, sample, dataclasses.replace(base, probe=probe, probes=number), right))
+        log(str(found[-1]))
+    found.append(compare(run, sample, exact, right))
+    log(str(found[-1]))
     return found
 
 
-def speed(settings: Settings, count: int, length: int = 128) -> tuple[float, float]:
-    """Seconds a sequence for K samples at a size that samplers are compared at, with random weights.
-
-    DiT 8 layers x 512 (8 heads of 64), VAE 2 + 2 layers x 384, 8,192 tokens, K = D = 16.
+def speed(config: Config, settings: Settings, count: int, length: int = 128) -> tuple[float, float]:
+    """Seconds a sequence for K samples, with random weights.
 
     Args:
+      config: of a Cola run whose ``vae.vocab_size`` is known (configs/benchmark.py).
       settings: see `Settings`.
       count: sequences.
       length: tokens of each.
@@ -292,10 +273,8 @@ def speed(settings: Settings, count: int, length: int = 128) -> tuple[float, flo
     Returns:
       Seconds of the first call, with compilation, and of the second; a sequence each.
     """
-    vae = VAEConfig(8192, dim=384, ffn_dim=1536, num_heads=6, encoder_layers=2, decoder_layers=2, block_size=16)
-    dit = DiTConfig(16, 16, dim=512, num_heads=8, head_dim=64, num_layers=8, time_dim=512, rope_dim=48)
-    model, seconds = cola.create(vae, dit), []
-    tokens = np.random.default_rng(0).integers(0, 8192, (count, length))
+    model, seconds = families.of(config).model(config), []
+    tokens = np.random.default_rng(0).integers(0, config.vae.vocab_size, (count, length))
     params = nn.unbox(jax.jit(model.init)(rng.key(0, "init"), jnp.asarray(tokens[:1], jnp.int32)))
     for _ in range(2):
         start = time.perf_counter()

@@ -11,7 +11,7 @@ import numpy as np
 from cola_jax import rng, sampling
 from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation.proportion import Proportion
+from cola_jax.evaluation.statistics import Proportion
 from cola_jax.runs import Run
 
 # Settings of a generation that a report names, where the family has them.
@@ -93,7 +93,7 @@ def write(run: Run, prompts: Sequence[str], settings, seed: int, batch_size: int
       batch_size: prompts generated at a time.
     """
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
-    new = run.family.generate(run.model, run.params, ids, settings, rng.key(seed, "sample"), batch_size)
+    new = run.family.generate_batches(run.model, run.params, ids, settings, rng.key(seed, "sample"), batch_size)
     return [run.tokenizer.decode([*ids[index], *tokens]) for index, tokens in new]
 
 

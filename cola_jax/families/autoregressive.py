@@ -1,7 +1,7 @@
 """The family "autoregressive": a LLaMA-style decoder, trained by next-token prediction in one stage (SPEC 7)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -115,11 +115,6 @@ def make_scorer(model, params, settings, key, context: int, batch_size: int, mes
     return exact.Scorer(model, params, batch_size, mesh)
 
 
-def generate(model, params, prompts, settings, key, batch_size: int = 64) -> Iterator[tuple[int, list[int]]]:
-    """`sampling.autoregressive.generate_batches`."""
-    return sampling.generate_batches(model, params, prompts, settings, key, batch_size)
-
-
 FAMILY = Family(
     name="autoregressive",
     config=AutoregressiveConfig,
@@ -129,7 +124,8 @@ FAMILY = Family(
     stages=make_stages,
     settings=sampling.Settings,
     default_settings=default_settings,
-    generate=generate,
+    generate=sampling.generate,
+    generate_batches=sampling.generate_batches,
     stream=sampling.stream,
     score_settings=ScoreSettings,
     score=score,

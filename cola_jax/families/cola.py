@@ -271,7 +271,8 @@ FAMILY = Family(
     stages=make_stages,
     settings=sampling.Settings,
     default_settings=default_settings,
-    generate=sampling.generate_batches,
+    generate=sampling.generate,
+    generate_batches=sampling.generate_batches,
     stream=sampling.stream,
     score_settings=likelihood.Settings,
     score=score,
@@ -279,5 +280,7 @@ FAMILY = Family(
     check_scorable=estimators.check_model,
     generation_flops=generation_flops,
     tokens_per_latent=lambda config: config.vae.patch_size,
+    infill=sampling.infill,
+    edit=sampling.edit,
     reconstruct=reconstruct,
 )

@@ -92,8 +92,10 @@ class Family(NamedTuple):
       stages: (model, config) -> the stages of training, in order.
       settings: class of the generation settings; its fields are flags of the binaries.
       default_settings: (config, tokenizer) -> settings with which a run of this config generates.
-      generate: (model, params, prompts, settings, key, batch_size) -> iterator of (index of the prompt, new tokens), in
-        order; sample i depends on (key, i) alone.
+      generate: (model, params, prompts, settings, key, sample_ids, mesh as names) -> tokens [B, L] and lengths [B] of
+        one batch; sample i depends on (key, i) alone.
+      generate_batches: (model, params, prompts, settings, key, batch_size) -> iterator of (index of the prompt, its new
+        tokens), in order.
       stream: (model, params, prompts, settings, key, sample_ids) -> iterator of `Piece`s.
       score_settings: class of the scoring settings.
       score: (model, params, tokens [B, T], segment_ids [B, T], settings, key, prefix [B] or None) -> `Scores`.
@@ -102,6 +104,7 @@ class Family(NamedTuple):
       generation_flops: (config, settings) -> multiplications by weights, in FLOPs, per new token.
       bound: of ``score``: "exact" or "lower".
       tokens_per_latent: config -> P: prompts and prefixes that are scored must be multiples of it.
+      infill, edit: as `sampling.infill` and `sampling.edit`; None for a family that only continues texts.
       reconstruct: (model, params, batch, keys) -> (tokens recovered, tokens), or None for a family without latents.
     """
 
@@ -113,7 +116,8 @@ class Family(NamedTuple):
     stages: Callable[[Any, Config], tuple[Stage, ...]]
     settings: type
     default_settings: Callable[[Config, Any], Any]
-    generate: Callable[..., Iterator[tuple[int, list[int]]]]
+    generate: Callable[..., Any]
+    generate_batches: Callable[..., Iterator[tuple[int, list[int]]]]
     stream: Callable[..., Iterator[Any]]
     score_settings: type
     score: Callable[..., Scores]
@@ -122,6 +126,8 @@ class Family(NamedTuple):
     generation_flops: Callable[[Config, Any], float]
     bound: str = "lower"
     tokens_per_latent: Callable[[Config], int] = lambda config: 1
+    infill: Callable[..., Any] | None = None
+    edit: Callable[..., Any] | None = None
     reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -164,6 +165,15 @@ def with_kernels(config: Config, platform: str) -> Config:
     return dataclasses.replace(config, **chosen)
 
 
+def check_kernels(config: Config) -> None:
+    """Raises UserError for an attention kernel that this machine cannot run."""
+    platform = jax.default_backend()
+    for field in dataclasses.fields(config):
+        if getattr(getattr(config, field.name), "attention_kernel", "") == "splash" and platform != "tpu":
+            need = f"'auto', 'xla' or 'splash_interpreted' on this machine's {platform}"
+            raise UserError(f"config.{field.name}.attention_kernel = 'splash': must be {need}")
+
+
 def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
     """Compiles the training step of a stage for ``mesh`` and reports what it needs; nothing is computed.
 
@@ -224,3 +234,38 @@ def describe(report: Report, cluster: Cluster, mfu: float) -> str:
         f"  {report.flops_per_token / 1e9:.2f} GFLOP a token: {rate:,.0f} tokens/s, {report.batch / rate:.2f} s "
         f"a step, at {100 * mfu:.0f} % of {cluster.count} x {peak_flops / 1e12:.0f} TFLOP/s"
     )
+
+
+def show(config: Config, name: str, mfu: float, log: Callable[[str], None]) -> None:
+    """Compiles the step of each stage for described devices and logs what it needs.
+
+    Args:
+      config: of the run; a vocabulary that it leaves open is as large as the tokenizer may be.
+      name: of the cluster (`parse_cluster`).
+      mfu: model FLOP utilisation, for tokens per second.
+      log: prints a line.
+
+    Raises:
+      UserError: the mesh does not use all devices, or a stage does not fit.
+    """
+    cluster = parse_cluster(name)
+    family = families.of(config)
+    config = family.resolve(config, config.data.vocab_size)
+    prepare(cluster)
+    devices, compiler = describe_devices(cluster)
+    mesh = sharding.make_mesh(config.train, devices)
+    if mesh.size != cluster.count:
+        need = f"all {cluster.count} devices of --plan = {name}"
+        raise UserError(f"config.train.mesh_* takes {mesh.size} devices: must take {need}")
+    log(f"{cluster.name}: {cluster.count} devices, mesh {', '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
+    stages = family.stages(None, config)
+    found = [
+        compile_step(config, index, mesh, cluster.chip, compiler) for index, stage in enumerate(stages) if stage.steps
+    ]
+    for report in found:
+        log(describe(report, cluster, mfu))
+    if not all(report.fits for report in found):
+        raise UserError(
+            f"--plan = {name}: does not fit; more of config.train.mesh_fsdp, the optimizer's accumulation or the "
+            "model's remat, or less of config.data.batch_size, may help"
+        )

@@ -1,7 +1,9 @@
-"""Shares with intervals."""
+"""Shares and means with their intervals and errors."""
 
 import math
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Proportion(NamedTuple):
@@ -27,3 +29,20 @@ class Proportion(NamedTuple):
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.mean:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+class Mean(NamedTuple):
+    """A mean over stories and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} +- {self.error:.4f}"
+
+
+def per_token(values: np.ndarray, tokens: np.ndarray) -> Mean:
+    """``sum(values) / sum(tokens)`` over stories, with the standard error of a ratio of means."""
+    ratio, count = values.sum() / tokens.sum(), len(values)
+    spread = np.sqrt(np.sum(np.square(values - ratio * tokens)) / max(count - 1, 1) / count)
+    return Mean(float(ratio), float(spread / tokens.mean()))
