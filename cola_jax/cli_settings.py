@@ -102,10 +102,11 @@ class SettingsFlags:
         errors = []
         for cls in able:
             try:
-                return self(cls()) and None
+                self(cls())
             except UserError as error:
                 errors.append(error)
-        raise errors[0]
+        if len(errors) == len(able):
+            raise errors[0]
 
 
 def _define(entries: list[Entry], of_run: bool, flag_values: flags.FlagValues) -> flags.FlagHolder:
