@@ -189,7 +189,7 @@ class Writer:
       first_step: the step that was restored; later lines of an earlier process are dropped.
       total_steps: of the stage.
       cost: of the stage.
-      say: prints a line.
+      log: prints a line.
       active: False on all processes but one: then nothing is written.
     """
 
@@ -200,10 +200,10 @@ class Writer:
         first_step: int,
         total_steps: int,
         cost: Cost,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         active: bool = True,
     ):
-        self._stage, self._total, self._cost, self._say, self._active = stage, total_steps, cost, say, active
+        self._stage, self._total, self._cost, self._log, self._active = stage, total_steps, cost, log, active
         self._files = {}
         if not active:
             return
@@ -237,7 +237,7 @@ class Writer:
             self._append("timing", step, **timing, time=time.time())
             self._scalars(step, "timing", timing)
             shown += self._timing_line(timing, (self._total - step) * timing["step_seconds"])
-        self._say(
+        self._log(
             f"stage {self._stage}  step {step}/{self._total}  {'  '.join(shown)}  lr {values['learning_rate']:.3g}"
         )
 
@@ -275,7 +275,7 @@ class Writer:
         self._append("metrics", step, kind="holdout", **values, exaflops=self._cost.exaflops(step))
         self._scalars(step, "holdout", values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if self._is_shown(name))
-        self._say(f"stage {self._stage}  step {step}/{self._total}  held out: {shown}")
+        self._log(f"stage {self._stage}  step {step}/{self._total}  held out: {shown}")
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Generated texts."""
@@ -284,7 +284,7 @@ class Writer:
         self._append("samples", step, texts=texts)
         self._events.add_text(f"stage{self._stage}/samples", "\n\n".join(texts), step)
         for text in texts:
-            self._say(f"  sample: {text!r}")
+            self._log(f"  sample: {text!r}")
 
     def flush(self) -> None:
         """Everything so far is on disk: before a checkpoint of the same step is committed."""

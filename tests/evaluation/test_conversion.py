@@ -13,10 +13,10 @@ from models.tiny_models import quickly
 from safetensors.numpy import load_file, save_file
 
 from cola_jax import config as configs
-from cola_jax import families, release, rng, sampling, sharding
-from cola_jax.evaluation import conversion, trained
+from cola_jax import families, release, rng, runs, sampling, sharding
+from cola_jax.evaluation import conversion
 from cola_jax.released import files
-from cola_jax.train import checkpoint, loop, verified
+from cola_jax.train import checkpoint, verified, workdir
 from cola_jax.types import UserError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -81,12 +81,12 @@ def test_the_way_over_a_mesh_is_the_same(released, tmp_path):
 
 
 def test_a_run_is_accepted_wherever_runs_are(released, run):
-    first, second = trained.load(str(released)), trained.load(str(run))
+    first, second = runs.load(str(released)), runs.load(str(run))
     assert first.model == second.model and first.config == second.config
     assert first.tokenizer.fingerprint == second.tokenizer.fingerprint
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert {x.dtype.name for x in jax.tree.leaves(second.params)} == {"float32"}
-    settings = trained.settings(first.config, first.tokenizer)
+    settings = first.settings
     assert (settings.steps, settings.guidance_scale, settings.max_new_tokens) == (16, 7.0, 32)
     assert (settings.eos_id, settings.pad_id, settings.context) == (65, 66, 512)
     assert first.tokenizer.decode(first.tokenizer.encode("a cat.")) == "a cat."
@@ -114,7 +114,7 @@ def test_parameters_are_verified(run, tmp_path):
 
 def test_a_run_of_another_config_does_not_take_its_directory(run):
     with pytest.raises(UserError, match="with another config .*tokenizer: 'huggingface' -> 'sentencepiece'"):
-        loop.claim_workdir(families.cola.ColaConfig(), run)
+        workdir.claim(families.cola.ColaConfig(), run)
 
 
 def test_type_of_the_tensors(run, tmp_path):
@@ -148,16 +148,16 @@ def test_tokenizer_of_a_released_directory(released, run, tmp_path):
     for part in release.PARTS:
         (place / part).symlink_to(released / part)
     with pytest.raises(UserError, match="tokenizer.json: missing; --tokenizer names"):
-        trained.load(str(place))
-    found = trained.load(str(place), tokenizer=str(released / "tokenizer.json"), eos_id=1, pad_id=2)
+        runs.load(str(place))
+    found = runs.load(str(place), tokenizer=str(released / "tokenizer.json"), eos_id=1, pad_id=2)
     assert (found.tokenizer.eos_id, found.tokenizer.pad_id) == (1, 2)
     big = json.loads(tokenizer_json())
     big["model"]["vocab"]["z!"] = 67
     (place / "tokenizer.json").write_text(json.dumps(big))
     with pytest.raises(UserError, match="has 68 ids, the model 67"):
-        trained.load(str(place))
+        runs.load(str(place))
     with pytest.raises(UserError, match="its hash differs"):
-        trained.load(str(run), eos_id=1)
+        runs.load(str(run), eos_id=1)
 
 
 def test_damaged_origin(run, tmp_path):

@@ -51,12 +51,12 @@ def _train(workdir: Path, index: int, count: int, port: int) -> None:
     _join(workdir, index, count, port)
     import toy_run
 
-    from cola_jax.train import loop
+    from cola_jax.train import interrupts, loop
 
     config = _settings(count)
     try:
-        loop.train(config, workdir, toy_run.parts(config), toy_run.sampler)
-    except loop.Interrupted as error:
+        loop.train(config, workdir, toy_run.experiment(config), toy_run.sampler)
+    except interrupts.Interrupted as error:
         sys.exit(error.status)
 
 
@@ -202,14 +202,11 @@ def _corrupt(workdir: Path, index: int, count: int, port: int, source: Path, num
     from jax.experimental import multihost_utils
 
     from cola_jax import sharding
-    from cola_jax.train import checkpoint, optimizer, state, verified
+    from cola_jax.train import checkpoint, state, verified
 
     config, draw = _settings(count), random.Random(seed)
-    trained = optimizer.trained_groups(2, config.stage2.strategy)
-    transform = optimizer.create(config.optimizer2, STEPS, 2, config.stage2)
-    target = state.abstract(
-        state.make_init(toy_model.init, transform, trained, ema=True, reference=True), sharding.make_mesh(config.train)
-    )
+    make = state.make_init(toy_model.init, toy_model.stages(config)[1])
+    target = state.abstract(make, sharding.make_mesh(config.train))
     _, before = verified.step_directories(source)[:2]
     expected = verified.read_meta(source / str(before))["hashes"]
 

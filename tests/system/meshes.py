@@ -52,10 +52,10 @@ def train(workdir: Path, name: str) -> None:
 
 def result(workdir: Path) -> tuple[list, dict]:
     """(losses in the order of the steps, parameters at the end)."""
-    from cola_jax.train import checkpoint
+    from cola_jax.train import saved
 
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows], checkpoint.load_params(workdir).variables["params"]
+    return [row["loss"] for row in rows], saved.load(workdir).variables["params"]
 
 
 def differences(found: tuple, expected: tuple) -> tuple[float, float]:

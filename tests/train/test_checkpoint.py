@@ -10,7 +10,7 @@ from test_step import OPTIMIZER, build, same_bits
 
 from cola_jax.config import TrainConfig
 from cola_jax.train import checkpoint as checkpoints
-from cola_jax.train import verified
+from cola_jax.train import saved, verified
 from cola_jax.train.state import evaluation_params
 from cola_jax.types import UserError
 
@@ -163,15 +163,15 @@ def test_restore_on_another_mesh(toy, tmp_path):
     manager.close()
 
 
-def test_load_params(toy, tmp_path):
+def test_what_is_saved_is_loaded(toy, tmp_path):
     state = toy[0]
     manager = checkpoints.Checkpoints(tmp_path / "stage2", keep=3)
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoints.load_params(tmp_path)
+        saved.load(tmp_path)
     save(manager, state, 1, 2)
     manager.close()
     for path in (tmp_path, tmp_path / "stage2"):
-        loaded = checkpoints.load_params(path)
+        loaded = saved.load(path)
         assert loaded.step == 2 and loaded.config == toy_model.config()
         assert loaded.tokenizer_path == tmp_path / "tokenizer.model"
         expected = evaluation_params(at(state, 2))
@@ -181,4 +181,4 @@ def test_load_params(toy, tmp_path):
     victim = max(data, key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     said = []
-    assert checkpoints.load_params(tmp_path, said.append).step == 1 and len(said) == 1
+    assert saved.load(tmp_path, report=said.append).step == 1 and len(said) == 1

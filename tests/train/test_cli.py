@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 BINARY = """
 from cola_jax import cli
-from cola_jax.train import loop
+from cola_jax.train import interrupts, trainer
 from cola_jax.types import UserError
 FLAG = cli.config_flag()
 
@@ -18,22 +18,21 @@ def main():
     if config.seed == 1:
         raise UserError("file x = 1: must be 2")
     if config.seed == 2:
-        raise loop.NonFiniteLoss("stage 1, step 3: loss is nan")
+        raise trainer.NonFiniteLoss("stage 1, step 3: loss is nan")
     if config.seed == 3:
-        raise loop.Interrupted("stopped by SIGTERM", 15)
+        raise interrupts.Interrupted("stopped by SIGTERM", 15)
     if config.seed == 4:
-        raise loop.Interrupted("stopped by SIGINT", 2)
+        raise interrupts.Interrupted("stopped by SIGINT", 2)
     print("steps", config.stage1.steps)
 
 cli.run(main)
 """
 
 CONFIG = """
-import ml_collections
-from cola_jax import config
+from cola_jax import families
 
 def get_config():
-    return ml_collections.ConfigDict(config.default())
+    return families.default_config()
 """
 
 

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import OPTIMIZER, build, run, same_bits, values
+from test_step import OPTIMIZER, build, run, same_bits, stage_of, values
 
 from cola_jax.config import OptimizerConfig
-from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.train import optimizer as optimizers
 
 CONFIG = OptimizerConfig(
@@ -72,11 +71,10 @@ def flat(tree):
 @pytest.mark.parametrize("strategy", ["stage1", "fix_vae", "joint", "interval"])
 def test_against_numpy(strategy):
     stage = 1 if strategy == "stage1" else 2
-    settings = Stage2Config(
-        strategy="joint" if stage == 1 else strategy, vae_learning_rate_ratio=0.3 if stage == 2 else 1.0, interval=2
+    own = stage_of(
+        stage, "joint" if stage == 1 else strategy, CONFIG, interval=2, total=10, vae_learning_rate_ratio=0.3
     )
-    groups = optimizers.trained_groups(stage, settings.strategy)
-    transform = optimizers.create(CONFIG, 10, stage, settings)
+    groups, transform = tuple(own.trained), optimizers.create(own)
     params = {name: parameters()[name] for name in groups}
     arrays = {n: AdamW(x, n.endswith(("kernel", "wte"))) for n, x in flat(params).items()}
     state = transform.init(params)
@@ -104,7 +102,7 @@ def test_fixed_vae_has_no_moments_and_keeps_its_bits():
     state, step, mesh, _ = build(2, "fix_vae")
     before = values(state.params["params"]["vae"])
     dit = values(state.params["params"]["dit"])
-    assert not moments_of_vae(state) and state.reference is None
+    assert not moments_of_vae(state) and not state.frozen
     state, _ = run(state, step, mesh, 5)
     assert same_bits(before, state.params["params"]["vae"])
     assert not same_bits(dit, state.params["params"]["dit"])

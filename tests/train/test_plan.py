@@ -9,7 +9,7 @@ from models.tiny_models import BLOCK, dit_config, vae_config
 
 from cola_jax import config as configs
 from cola_jax import families, sharding
-from cola_jax.train import metrics, plan, setup
+from cola_jax.train import plan
 from cola_jax.train import state as states
 from cola_jax.types import UserError
 
@@ -24,7 +24,7 @@ CHIP = plan.CHIPS["h100"]
 
 def report(stage, **mesh):
     made = sharding.make_mesh(configs.TrainConfig(**mesh), jax.devices())
-    return plan.compile_step(CONFIG, stage, made, CHIP, "CPU")
+    return plan.compile_step(CONFIG, stage - 1, made, CHIP, "CPU")
 
 
 def test_cluster_names():
@@ -36,8 +36,10 @@ def test_cluster_names():
 
 def held(stage, **mesh):
     """Bytes of the state on a device."""
-    made = setup.stage(CONFIG, stage, setup.model(CONFIG).init)
-    return plan._bytes(states.abstract(made.make, sharding.make_mesh(configs.TrainConfig(**mesh), jax.devices())))
+    model = families.cola.make_model(CONFIG)
+    own = families.cola.make_stages(model, CONFIG)[stage - 1]
+    make = states.make_init(families.cola.make_init(model, CONFIG), own)
+    return plan._bytes(states.abstract(make, sharding.make_mesh(configs.TrainConfig(**mesh), jax.devices())))
 
 
 @pytest.mark.slow
@@ -45,14 +47,14 @@ def test_a_report_counts_what_a_device_holds():
     made = report(1, mesh_data=1)
     assert math.isclose(made.state, 3 * made.parameters * 4, rel_tol=1e-3)  # parameters and two moments
     assert made.fits and made.state < made.peak < 1000 * made.state
-    assert made.batch == 16 * 2 * BLOCK and made.flops_per_token == metrics.flops_per_token(CONFIG, 1)
+    assert made.batch == 16 * 2 * BLOCK and made.flops_per_token == families.cola.flops_per_token(CONFIG, 1)
 
 
 @pytest.mark.parametrize(("platform", "kernel"), [("tpu", "splash"), ("cpu", "xla")])
 def test_a_plan_has_the_kernels_of_its_devices(platform, kernel):
     dit = dataclasses.replace(CONFIG.dit, head_dim=128)
     config = dataclasses.replace(CONFIG, dit=dit, data=configs.DataConfig(sequence_length=128))
-    found = plan._with_kernels(config, platform)
+    found = plan.with_kernels(config, platform)
     assert (found.dit.attention_kernel, found.vae.attention_kernel) == (kernel, "xla")  # the VAE's heads are too small
 
 
@@ -72,7 +74,7 @@ def test_the_lines_of_a_report():
 def test_bad_batches_are_refused_before_compilation():
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=12))
     with pytest.raises(UserError, match="config.data.batch_size = 12"):
-        plan.compile_step(config, 2, sharding.make_mesh(configs.TrainConfig(), jax.devices()), CHIP, "CPU")
+        plan.compile_step(config, 1, sharding.make_mesh(configs.TrainConfig(), jax.devices()), CHIP, "CPU")
 
 
 def test_the_tpu_compiler_s_complaint_is_read():

@@ -12,8 +12,7 @@ import numpy as np
 import processes
 import pytest
 
-from cola_jax.train import checkpoint as checkpoints
-from cola_jax.train import verified
+from cola_jax.train import saved, verified
 
 pytestmark = pytest.mark.slow  # every process imports and compiles
 
@@ -62,7 +61,7 @@ def test_meshes_and_processes_give_the_same_run(one, cache, tmp_path, count, dev
     expected, found = losses(one), losses(workdir)
     assert expected.keys() == found.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-6)
-    trees = [checkpoints.load_params(place).variables for place in (one, workdir)]
+    trees = [saved.load(place).variables for place in (one, workdir)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *trees)
 
 
@@ -97,7 +96,7 @@ def test_a_signal_at_any_moment_stops_all_after_the_same_step(cache, tmp_path):
 
 
 def test_saved_by_two_processes_and_continued_by_one_and_four(cache, tmp_path):
-    """The data goes on in the same order on any mesh."""
+    """The data continues in the same order on any mesh."""
     saved, steps = tmp_path / "saved", 60
     statuses, step = stop(saved, cache, "stage 2  step 2/", steps=steps)
     assert statuses == [75, 75] and 2 < step < steps
@@ -144,7 +143,7 @@ def test_a_step_that_hangs_ends_all_processes_with_their_stacks(cache, tmp_path)
     assert 76 in statuses and 0 not in statuses, processes.log(workdir)
     hung = processes.log(workdir, statuses.index(76))
     assert "no step has ended for 20 s (config.train.hang_timeout)" in hung and 'File "' in hung and "loop.py" in hung
-    run(workdir, cache, "2,1,1", count=2, steps=12)  # the same command goes on
+    run(workdir, cache, "2,1,1", count=2, steps=12)  # the same command resumes
 
 
 def test_a_killed_process_ends_the_others(cache, tmp_path):

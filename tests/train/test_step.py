@@ -9,8 +9,6 @@ import toy_model
 
 from cola_jax import rng, sharding
 from cola_jax.config import AxesConfig, OptimizerConfig, TrainConfig
-from cola_jax.objectives.stage2 import Stage2Config
-from cola_jax.train import optimizer as optimizers
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
 from cola_jax.types import Term
@@ -19,26 +17,24 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_steps=2)
 ONE = TrainConfig(mesh_data=1)
 
 
+def stage_of(stage, strategy="joint", optimizer=OPTIMIZER, terms=None, interval=0, total=20, **changes):
+    """Stage 1 or 2 of the toy."""
+    settings = {"strategy": strategy, "interval": interval, "reference_weight": 0.01, "steps": total, **changes}
+    config = toy_model.config(stage1={"steps": total}, stage2=settings)
+    config = dataclasses.replace(config, optimizer1=optimizer, optimizer2=optimizer)
+    own = toy_model.stages(config)[stage - 1]
+    return own if terms is None else own._replace(terms=terms)
+
+
 @functools.cache
 def compiled(stage, strategy, optimizer, train, terms, interval, total):
     """What tests with the same settings share: compilation is most of their time."""
-    mesh = sharding.make_mesh(train)
-    settings = Stage2Config(strategy=strategy, interval=interval)
-    trained = optimizers.trained_groups(stage, strategy)
-    transform = optimizers.create(optimizer, total, stage, settings)
-    make = states.make_init(
-        toy_model.init,
-        transform,
-        trained,
-        groups=("vae",) if stage == 1 else ("vae", "dit"),
-        ema=optimizer.ema > 0,
-        reference=stage == 2 and strategy != "fix_vae",
-    )
-    rules = sharding.make_rules(train.axes)
+    mesh, rules = sharding.make_mesh(train), sharding.make_rules(train.axes)
+    own = stage_of(stage, strategy, optimizer, terms, interval, total)
+    make = states.make_init(toy_model.init, own)
     target = states.abstract(make, mesh, rules)
     initial = jax.tree.map(np.array, states.create(make, target, rng.key(0, "init")))
-    terms = terms or (toy_model.stage1_terms if stage == 1 else toy_model.stage2_terms)
-    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=total, seed=0, rules=rules)
+    step = steps.make_train_step(own, target, mesh, seed=0, rules=rules)
     return initial, step, mesh, target
 
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cola_jax import families, rng
+from cola_jax import rng
+from cola_jax.families import cola, parse
 from cola_jax.types import Term
 
 VOCAB, WIDTH, LENGTH = 32, 16, 8
@@ -80,7 +81,7 @@ def init(key):
     return MODEL.init(key, jnp.zeros((1, LENGTH), jnp.int32))
 
 
-def stage1_terms(params, batch, keys, reference=None):
+def stage1_terms(params, batch, keys, frozen=None):
     z = MODEL.apply(params, batch["tokens"], method="encode")
     noisy = z + 0.1 * rng.normal(keys, z.shape[1:])
     logits = jax.nn.log_softmax(MODEL.apply(params, noisy, method="decode"))
@@ -92,7 +93,7 @@ def stage1_terms(params, batch, keys, reference=None):
     }
 
 
-def stage2_terms(params, batch, keys, reference=None):
+def stage2_terms(params, batch, keys, frozen=None):
     z = MODEL.apply(params, batch["tokens"], method="encode")
     noise = rng.normal(keys, z.shape[1:])
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
@@ -100,8 +101,8 @@ def stage2_terms(params, batch, keys, reference=None):
     terms = stage1_terms(params, batch, keys) | {
         "flow": Term(jnp.sum(error * real, axis=1), jnp.sum(real, axis=1), 1.0)
     }
-    if reference is not None:
-        anchor = MODEL.apply(reference, batch["tokens"], method="encode")
+    if frozen:
+        anchor = MODEL.apply(frozen["reference"], batch["tokens"], method="encode")
         distance = jnp.mean((z - anchor) ** 2, axis=-1)
         terms["reference_kl"] = Term(jnp.sum(distance * real, axis=1), jnp.sum(real, axis=1), 0.1)
     return terms
@@ -113,11 +114,15 @@ def batch(step: int, size: int = 8, seed: int = 0) -> dict:
     tokens = draw.integers(0, VOCAB, (size, LENGTH)).astype(np.int32)
     lengths = draw.integers(1, LENGTH + 1, size)
     segments = (np.arange(LENGTH)[None] < lengths[:, None]).astype(np.int32)
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape).copy()
-    return {"tokens": tokens, "segment_ids": segments, "positions": positions}
+    return {"tokens": tokens, "segment_ids": segments}
 
 
-def config(**changes) -> families.cola.ColaConfig:
+def stages(config, first=stage1_terms, second=stage2_terms):
+    """The toy's stages, those of the family "cola" with other terms."""
+    return cola.stages_with_terms(config, first, second)
+
+
+def config(**changes) -> cola.ColaConfig:
     """A valid configuration for the toy; ``changes`` are groups of fields."""
     values = {
         "data": {"sequence_length": LENGTH, "batch_size": 8, "align": 1},
@@ -130,4 +135,4 @@ def config(**changes) -> families.cola.ColaConfig:
     }
     for name, fields in changes.items():
         values[name] = values.get(name, {}) | fields if isinstance(fields, dict) else fields
-    return families.parse(values)
+    return parse(values)

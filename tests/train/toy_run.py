@@ -10,6 +10,7 @@ from absl import flags
 
 from cola_jax import cli
 from cola_jax.train import loop
+from cola_jax.train.experiment import Experiment
 from cola_jax.types import Term
 
 
@@ -36,28 +37,23 @@ def dataset(split: str, seed: int):
     return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
-def difference(saved: dict, now: dict) -> list[str]:
-    return [f"{name}: {saved[name]} -> {now[name]}" for name in saved if saved[name] != now[name]]
+def experiment(config, name="toy", poison_from=None) -> Experiment:
+    """The toy as an experiment; stage 2's loss is not finite where the tokens of a row sum to ``poison_from``."""
 
-
-def parts(config, name="toy", poison_from=None) -> loop.Parts:
-    """The toy as the parts of a run; stage 2's loss is not finite where the tokens of a row sum to ``poison_from``."""
-
-    def stage2_terms(params, batch, keys, reference):
-        found = toy_model.stage2_terms(params, batch, keys, reference)
+    def stage2_terms(params, batch, keys, frozen):
+        found = toy_model.stage2_terms(params, batch, keys, frozen)
         if poison_from is None:
             return found
         bad = batch["tokens"].sum(axis=1).max() >= poison_from  # whichever microbatch it is in
         value = jax.numpy.where(bad, np.inf, 0.0) * jax.numpy.ones(batch["tokens"].shape[0])
         return found | {"poison": Term(value, jax.numpy.ones_like(value), 1.0)}
 
-    return loop.Parts(
+    return Experiment(
         config=config,
         init=toy_model.init,
-        terms=(toy_model.stage1_terms, stage2_terms),
+        stages=toy_model.stages(config, second=stage2_terms),
         dataset=dataset,
         fingerprint=lambda seed: {"name": name, "seed": seed},
-        difference=difference,
     )
 
 
@@ -83,10 +79,10 @@ def _define_flags():
     mesh = flags.DEFINE_list("mesh", ["1", "1", "1"], "data,fsdp,tensor")
     hang_timeout = flags.DEFINE_float("hang_timeout", 0.0, "config.train.hang_timeout")
     hang_at = flags.DEFINE_string("hang_at", None, "line of the console that never ends")
-    poison = flags.DEFINE_integer("poison_from", None, "see `parts`")
+    poison = flags.DEFINE_integer("poison_from", None, "see `experiment`")
     start = cli.machine_flags()
 
-    def say(line):
+    def log(line):
         print(line, flush=True)
         while hang_at.value and hang_at.value in line:
             time.sleep(1)
@@ -95,7 +91,7 @@ def _define_flags():
         start()
         config = settings(steps.value, tuple(map(int, mesh.value)), accumulation.value, hang_timeout=hang_timeout.value)
         one = jax.process_count() == 1
-        loop.train(config, workdir.value, parts(config, poison_from=poison.value), sampler if one else None, say)
+        loop.train(config, workdir.value, experiment(config, poison_from=poison.value), sampler if one else None, log)
 
     return run
 
