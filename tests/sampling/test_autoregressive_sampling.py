@@ -83,6 +83,12 @@ def test_keys_and_ids_draw_differently():
     assert len({tuple(row) for row in lists(generate(same, DRAWN, sample_ids=[3] * 4))}) == 1
 
 
+def test_every_position_draws_anew():
+    """At a temperature at which all tokens are as likely as each other."""
+    settings = Settings(max_new_tokens=8, temperature=1e6, context=20)
+    assert min(len(set(row)) for row in lists(generate(PROMPTS, settings))) > 4
+
+
 def test_a_text_goes_on_as_if_its_beginning_had_been_the_prompt():
     whole = lists(generate(PROMPTS, DRAWN))
     later = lists(generate([prompt + new[:3] for prompt, new in zip(PROMPTS, whole, strict=True)], DRAWN))
@@ -146,6 +152,7 @@ def test_without_a_context_programs_are_as_few_as_powers_of_two():
     assert autoregressive.run._cache_size() == before + 2
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
     """Sequences over data and fsdp, heads over tensor, parameters sharded as in training."""
     model, params = tiny.create(num_heads=2, vocab_size=32)
