@@ -136,7 +136,7 @@ class Scorer:
     ) -> Iterator[list[dict]]:
         """Results of consecutive requests, some at a time, in their order.
 
-        A text's result has log_prob (nats), error 0, bound "exact", perplexity, bits_per_byte and tokens; that of a
+        A text's result has log_prob (nats), log_prob_error 0, bound "exact", perplexity, bits_per_byte and tokens; that of a
         response the same given its prefix, and "joint", those of both together; that of candidates a list of these,
         and "best", the index of the most likely one given the prefix.
 
@@ -196,7 +196,7 @@ def _result(request: Request, found: list[np.ndarray]) -> dict:
 def _scores(log_prob: float, text: str, tokens: int) -> dict:
     return {
         "log_prob": _number(log_prob),
-        "error": 0.0,
+        "log_prob_error": 0.0,
         "bound": "exact",
         "perplexity": _number(perplexity(log_prob, tokens)),
         "bits_per_byte": _number(bits_per_byte(log_prob, len(text.encode()))),

@@ -133,7 +133,11 @@ def test_every_request_has_its_result(results):
     joint = log_likelihood(tiny.create(vocab_size=258), rows).log_prob
     response = log_likelihood(tiny.create(vocab_size=258), rows, [0, 2, 3, 3]).log_prob
     text = results[0]
-    assert (text["error"], text["bound"], text["tokens"]) == (0.0, "exact", 5)  # four bytes and one end of text
+    assert (text["log_prob_error"], text["bound"], text["tokens"]) == (
+        0.0,
+        "exact",
+        5,
+    )  # four bytes and one end of text
     assert text["log_prob"] == pytest.approx(joint[0], rel=1e-5)
     assert text["perplexity"] == pytest.approx(np.exp(-joint[0] / 5), rel=1e-4)
     assert text["bits_per_byte"] == pytest.approx(-joint[0] / (4 * np.log(2)), rel=1e-5)

@@ -9,6 +9,7 @@ from models.tiny_models import BLOCK, dit_config, vae_config
 
 from cola_jax import config as configs
 from cola_jax import families, sharding
+from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.train import plan
 from cola_jax.train import state as states
 from cola_jax.types import UserError
@@ -17,7 +18,7 @@ CONFIG = families.cola.ColaConfig(
     data=configs.DataConfig(sequence_length=2 * BLOCK, batch_size=16),
     vae=vae_config(),
     dit=dit_config(),
-    stage2=configs.Stage2Config(strategy="joint"),
+    stage2=Stage2Config(strategy="joint"),
 )
 CHIP = plan.CHIPS["h100"]
 
