@@ -87,6 +87,18 @@ def test_the_index_inside_the_block_repeats_itself_in_longer_blocks():
     assert all(np.max(np.abs(out[i] - out[j])) > 0.01 for i in range(4) for j in range(i))
 
 
+def test_the_index_inside_the_block_begins_with_the_block():
+    """A block that sees no history is the same behind a first block of any size."""
+    model, params = create(dit=OPTIONS | {"rope_dim": 0})
+
+    def behind(first):
+        z, dropped = jnp.concatenate([CLEAN[:, :first], NOISY[:, :7]], axis=1), jnp.ones((2, 2), bool)
+        options = {"history": z, "drop_history": dropped, "plan": BlockPlan.of_sizes((first, 7))}
+        return apply(model, params, z, jnp.full((2, 1), 0.5), method="velocity", **options)[:, first:]
+
+    assert_close(behind(2), behind(3), 1e-5)
+
+
 def test_cached_blocks_equal_the_training_layout():
     """The middle block after the first, with the unconditional branch behind it; then both of them in one pass."""
     model, params = create(**MODEL)
