@@ -97,7 +97,7 @@ def test_there_is_no_utils():
     ("part", "source"),
     [
         ("flow", "from cola_jax.models import dit"),
-        ("flow", "from cola_jax.nn import masks"),
+        ("flow", "from cola_jax.nn import visibility"),
         ("nn", "from cola_jax import models"),
         ("models", "import cola_jax.sampling.generate"),
         ("objectives", "def f():\n    from cola_jax.train import step"),

@@ -1,17 +1,20 @@
 """Block-causal diffusion transformer: the velocity of noisy latent blocks given clean earlier ones (SPEC 2, 9)."""
 
 import dataclasses
-from typing import NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import check, require, setting
-from cola_jax.nn import attention, embeddings
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
+from cola_jax.nn import attention, embeddings, visibility
+from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
+from cola_jax.nn.modulation import Modulation, ModulationTables, spread, table_rows
+from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
@@ -66,64 +69,25 @@ def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> f
     return passes + modulation
 
 
-class _Context(NamedTuple):
+@flax.struct.dataclass
+class DiTContext:
     """What the layers share about a row of latents: the clean copy and its noisy copies in training, else one.
 
-    ``time`` holds the embedding of t = 0, then that of each of M equal stretches; in training the stretches are
+    ``time`` holds the embedding of t = 0, then that of each of M stretches; in training the stretches are
     those of the noisy copies, and the clean copy has t = 0, as ``pinned`` positions have.
     """
 
     time: Array | None  # [B or 1, 1 + M, E]; None: a row of the layer's modulation table serves all
     pinned: Array | None  # [B, R] bool
     angles: Array
-    layout: attention.Layout | None = None  # None: with a cache, and these masks
+    layout: attention.RowLayout | None = None  # None: with a cache, and these masks
     own_mask: Array | None = None  # [#B, G, K, K]
     history_mask: Array | None = None  # [#B, N, M]
     index: Array | None = None  # row of the modulation tables
+    stretches: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)  # None: equal ones
 
 
-class Modulations(NamedTuple):
-    """Shifts, scales and gates of every layer for a grid of M times, so that no step computes them again.
-
-    Attributes:
-      layers: of each layer (see `Layer.modulations`), [layers, M, parts, C], or a tuple with an entry a layer.
-      output: of the output head, [M, 2, C].
-    """
-
-    layers: tuple
-    output: Array
-
-
-def _spread(values, pinned, length: int, clean: int) -> list[Array]:
-    """Modulations [B, 1 + M, parts, C] of t = 0 and M stretches, for each position of a row: parts times [B, R, C].
-
-    The row has ``clean`` positions at t = 0 and ``length`` more, M equal stretches; ``pinned`` [B, R] are at t = 0.
-    """
-    zero, values = values[:, :1], values[:, 1:]
-    batch, distinct, parts, channels = values.shape
-    if distinct > 1 or clean:
-        stretch = length // distinct
-        before = jnp.broadcast_to(zero, (batch, clean // stretch, parts, channels))
-        values = jnp.concatenate([before, values], axis=1)[:, :, None]
-        values = jnp.broadcast_to(values, (batch, values.shape[1], stretch, parts, channels))
-        values = values.reshape(batch, clean + length, parts, channels)
-    if pinned is not None:
-        values = jnp.where(pinned[:, :, None, None], zero, values)
-    return unstack_axis(values, 2)
-
-
-class Modulation(nn.Module):
-    """Linear map of the time embedding [B, M, E] to [B, M, parts, C], zero at the start."""
-
-    features: tuple[int, ...]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, time: Array) -> Array:
-        return Linear(self.features, ("time", None, "embed"), zero=True, dtype=self.dtype, name="linear")(time)
-
-
-class Layer(nn.Module):
+class DiTLayer(nn.Module):
     """Attention and MLP under AdaLN with gates that start at zero."""
 
     config: DiTConfig
@@ -145,15 +109,16 @@ class Layer(nn.Module):
         self.mlp_modulation = Modulation((2, config.dim), dtype)
         self.mlp_gate = Modulation((1, config.dim), dtype)
 
-    def __call__(self, x, inputs, context: _Context, last: bool = False):
+    def __call__(self, x, inputs, context: DiTContext, last: bool = False):
         """(the row after the layer, keys and values); ``last``: of a row of copies, without the clean one."""
         cache, table = (None, None) if inputs is None else inputs
         if table is None:
             _, values = self.modulations(None, None, context.time)
         else:
-            values = tuple(_row(v, context.index) for v in table)
+            values = tuple(table_rows(v, context.index) for v in table)
         clean = _clean(x, context)
-        shift, scale, *rest = (part for v in values for part in _spread(v, context.pinned, x.shape[1] - clean, clean))
+        sizes = (x.shape[1] - clean, clean, context.stretches)
+        shift, scale, *rest = (part for v in values for part in spread(v, context.pinned, *sizes))
         attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
         # Of the clean copy nobody reads more of the last layer than its keys and values.
         x, attended, gate, mlp_shift, mlp_scale, mlp_gate = (y[:, clean if last else 0 :] for y in (x, attended, *rest))
@@ -168,31 +133,19 @@ class Layer(nn.Module):
         linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
         return carry, tuple(linear(time) for linear in linears)
 
-    def _attention(self, x, cache: KV | None, context: _Context):
+    def _attention(self, x, cache: KV | None, context: DiTContext):
         qkv = sharding.constrain(self.qkv(x), "batch", "length", None, "heads", "kv")
         q, k, v = unstack_axis(qkv, 2)
         q = embeddings.apply_rope(self.norm_q(q), context.angles, interleaved=True)
         k = embeddings.apply_rope(self.norm_k(k), context.angles, interleaved=True)
         if cache is None:
-            y = attention.attend_layout(q, k, v, context.layout)
+            y = attention.attend_row(q, k, v, context.layout)
         else:
-            # Positions beyond those of the masks are a last block that is alone, without history.
-            seen = context.history_mask.shape[1]
-            y = attention.attend_history(
-                q[:, :seen], k[:, :seen], v[:, :seen], cache, context.history_mask, context.own_mask
-            )
-            if seen < x.shape[1]:
-                alone = attention.attend(q[:, seen:], k[:, seen:], v[:, seen:])
-                y = jnp.concatenate([y, alone], axis=1)
+            y = attention.attend_cached(q, k, v, cache, context.history_mask, context.own_mask)
         return y.reshape(*x.shape[:2], -1), (k, v)
 
 
-def _row(table: Array, index: Array) -> Array:
-    """Modulations [1, 2, parts, C] of t = 0, the table's last row, and of row ``index``."""
-    return jnp.stack([table[-1], table[index]])[None]
-
-
-def _clean(x: Array, context: _Context) -> int:
+def _clean(x: Array, context: DiTContext) -> int:
     """How many positions of a row are the clean copy that noisy ones follow."""
     return context.layout.length if context.layout and x.shape[1] > context.layout.length else 0
 
@@ -218,9 +171,9 @@ class BlockCausalDiT(nn.Module):
         self.time_out = Linear((config.time_dim,), (None, "time"), dtype=dtype)
         if self.stacked:
             methods = ("__call__", "modulations")
-            self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll, methods)(config, dtype)
+            self.layers = scan_layers(DiTLayer, config.num_layers, config.remat, config.unroll, methods)(config, dtype)
         else:
-            self.layers = [Layer(config, dtype) for _ in range(config.num_layers)]
+            self.layers = [DiTLayer(config, dtype) for _ in range(config.num_layers)]
         self.out_norm = LayerNorm(config.norm_eps)
         self.out_modulation = Modulation((2, config.dim), dtype)
         self.out_layer = Linear((config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
@@ -241,10 +194,14 @@ class BlockCausalDiT(nn.Module):
         h = self.time_in(embeddings.time_features(times))
         return nn.silu(self.time_out(nn.silu(self.time_hidden(nn.silu(h)))))
 
-    def _input(self, latents, positions, drop_history=None):
+    def _plan(self, plan: BlockPlan | None) -> BlockPlan:
+        return plan or BlockPlan.equal(self.config.block_size)
+
+    def _input(self, latents, positions, plan: BlockPlan, drop_history=None):
         x = self.in_layer(latents)
         if self.config.block_position:
-            x = x + jnp.take(self.block_position.astype(x.dtype), positions % self.config.block_size, axis=0)
+            index = plan.offset_of(positions) % self.config.block_size
+            x = x + jnp.take(self.block_position.astype(x.dtype), index, axis=0)
         if drop_history is not None:
             vector = self.no_history.astype(x.dtype)[None, None]
             x = x + jnp.where(drop_history[..., None], vector, 0)
@@ -268,13 +225,13 @@ class BlockCausalDiT(nn.Module):
             return self.layers
         if config.unroll < config.num_layers or self.is_initializing():
             return None
-        layer = Layer(config, self.dtype, parent=None)
+        layer = DiTLayer(config, self.dtype, parent=None)
         return separate_layers(layer, self.variables["params"]["layers"], config.num_layers, config.remat)
 
-    def _output(self, x, context: _Context, table: Array | None = None):
-        values = self.out_modulation(context.time) if table is None else _row(table, context.index)
+    def _output(self, x, context: DiTContext, table: Array | None = None):
+        values = self.out_modulation(context.time) if table is None else table_rows(table, context.index)
         pinned = None if context.pinned is None else context.pinned[:, -x.shape[1] :]
-        shift, scale = _spread(values, pinned, x.shape[1], 0)
+        shift, scale = spread(values, pinned, x.shape[1], 0, context.stretches)
         velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
         return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
 
@@ -287,27 +244,34 @@ class BlockCausalDiT(nn.Module):
         times: Float[Array, "B M"],
         pinned: Bool[Array, "B N"] | None = None,
         segment_ids: Int[Array, "B N"] | None = None,
+        plan: BlockPlan | None = None,
     ) -> Float[Array, "B N D"]:
         """Velocity of a whole sequence under block-causal self-attention.
 
         Args:
           latents: normalised latents.
-          times: flow times in [0, 1], M of them for M equal stretches of the sequence.
+          times: flow times in [0, 1], M of them for M equal stretches of the sequence; under a plan of given sizes
+            M may also be the number of blocks: then each has its own.
           pinned: positions that are data: their time is 0.
           segment_ids: document of each latent; latents see their own document only.
+          plan: blocks; None: equal ones of ``config.block_size``. In a longer block the learned embedding of the
+            index inside the block repeats itself after ``config.block_size`` positions.
         """
-        return self._sequence(latents, times, pinned, segment_ids)[0]
+        return self._sequence(latents, times, pinned, segment_ids, plan)[0]
 
-    def prefill(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> tuple:
+    def prefill(
+        self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"], plan: BlockPlan | None = None
+    ) -> tuple:
         """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache (see `extend`)."""
-        return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids)[1]
+        return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids, plan)[1]
 
-    def _sequence(self, latents, times, pinned, segment_ids):
-        config, length = self.config, latents.shape[1]
+    def _sequence(self, latents, times, pinned, segment_ids, plan):
+        length, plan = latents.shape[1], self._plan(plan)
         positions = jnp.arange(length)[None]
-        layout = attention.Layout(length, config.block_size, segment_ids, config.attention_kernel)
-        context = _Context(self._time(times), pinned, self._angles(positions), layout)
-        x, kv = self._apply_layers(self._input(latents, positions), None, context)
+        layout = attention.RowLayout(length, plan, segment_ids, self.config.attention_kernel)
+        stretches = plan.stretches(length, times.shape[1])
+        context = DiTContext(self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
+        x, kv = self._apply_layers(self._input(latents, positions, plan), None, context)
         return self._output(x, context), kv
 
     def denoise(
@@ -318,34 +282,39 @@ class BlockCausalDiT(nn.Module):
         pinned: Bool[Array, "B Q"] | None = None,
         segment_ids: Int[Array, "B N"] | None = None,
         drop_history: Bool[Array, "B G"] | None = None,
+        plan: BlockPlan | None = None,
     ) -> Float[Array, "B Q D"]:
         """Velocity of noisy blocks, each against the clean blocks before it and itself (training layout).
 
         Args:
           noisy: one or several noisy copies of the sequence, one after another: Q = copies * N.
-          times: flow times in [0, 1] of M equal stretches of ``noisy``; Q / K of them give each block its own.
+          times: flow times in [0, 1] of M equal stretches of ``noisy``, or of each of its G blocks.
           history: the clean latents; one pass over them serves all copies.
           pinned: positions of ``noisy`` that are data: their time is 0.
           segment_ids: document of each latent of ``history``.
-          drop_history: noisy blocks, G = Q / K, that see no history and carry the no-history vector.
+          drop_history: noisy blocks, G in all copies, that see no history and carry the no-history vector.
+          plan: blocks of a copy; see `__call__`.
         """
-        config, length, total = self.config, history.shape[1], noisy.shape[1]
-        copies, batch = total // length, noisy.shape[0]
-        if length % (total // times.shape[1]):  # stretches longer than a copy
+        (batch, total), length, plan = noisy.shape[:2], history.shape[1], self._plan(plan)
+        copies = total // length
+        stretches = plan.stretches(length, times.shape[1], copies)
+        if stretches is None and length % (total // times.shape[1]):  # stretches longer than a copy
             times = jnp.repeat(times, total // times.shape[1], axis=1)
         ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
         noisy_ids, dropped = jnp.tile(ids, (1, copies)), None
         if drop_history is not None:
-            dropped = jnp.repeat(drop_history, total // drop_history.shape[1], axis=1)
+            sizes = plan.stretches(length, drop_history.shape[1], copies)
+            repeats = total // drop_history.shape[1] if sizes is None else np.array(sizes)
+            dropped = jnp.repeat(drop_history, repeats, axis=1)
             noisy_ids = jnp.where(dropped, -1 - noisy_ids, noisy_ids)  # ids that no clean position has
             dropped = jnp.pad(dropped, ((0, 0), (length, 0)))
         if pinned is not None:
             pinned = jnp.pad(pinned, ((0, 0), (length, 0)))
         ids = jnp.concatenate([ids, noisy_ids], axis=1)
         positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
-        layout = attention.Layout(length, config.block_size, ids, config.attention_kernel)
-        context = _Context(self._time(times), pinned, self._angles(positions), layout)
-        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, dropped)
+        layout = attention.RowLayout(length, plan, ids, self.config.attention_kernel)
+        context = DiTContext(self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
+        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, dropped)
         *first, last = self._separate() or (None,)
         if last is None:
             x, _ = self._apply_layers(x, None, context)
@@ -355,12 +324,12 @@ class BlockCausalDiT(nn.Module):
             x, _ = last(x, None, context, last=True)
         return self._output(x[:, -total:], context)
 
-    def modulations(self, times: Float[Array, " M"]) -> Modulations:
+    def modulations(self, times: Float[Array, " M"]) -> ModulationTables:
         """All modulations for a grid of times in [0, 1], whose last must be 0; for `extend`."""
         time = self._embed(times[None])
         _, layers = self._apply_layers(None, None, time, method="modulations")
         first = (lambda x: x[:, 0]) if self.stacked else (lambda x: x[0])
-        return Modulations(jax.tree.map(first, layers), self.out_modulation(time)[0])
+        return ModulationTables(jax.tree.map(first, layers), self.out_modulation(time)[0])
 
     def extend(
         self,
@@ -371,7 +340,8 @@ class BlockCausalDiT(nn.Module):
         cache_mask: Bool[Array, "B S"],
         own_mask: Bool[Array, "#B N N"] | None = None,
         pinned: Bool[Array, "B Q"] | None = None,
-        modulations: Modulations | None = None,
+        modulations: ModulationTables | None = None,
+        plan: BlockPlan | None = None,
     ) -> tuple[Float[Array, "B Q D"], tuple]:
         """Velocity of new latents against cached clean blocks, and their keys and values.
 
@@ -385,25 +355,27 @@ class BlockCausalDiT(nn.Module):
           cache: keys (after norm and RoPE) and values [layers, B, S, H, C] of clean latents; where layers are
             not stacked, a pair [B, S, H, C] for each.
           cache_mask: True where the cache holds a latent that the N latents may see.
-          own_mask: who sees whom among the N latents; None: N = Q, everyone everyone.
+          own_mask: who sees whom among the N latents (`visibility.block_causal`); None: N = Q, they are one block.
           pinned: latents at time 0.
           modulations: of `modulations`.
+          plan: blocks of the sequence, for the index of a position inside its block; see `__call__`.
         """
         batch, length = latents.shape[:2]
-        own_mask = jnp.ones((1, length, length), bool) if own_mask is None else own_mask
+        own_mask = visibility.block_causal(BlockPlan.equal(length), length) if own_mask is None else own_mask
         seen = own_mask.shape[1]
-        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, seen, cache_mask.shape[1]))
+        history_mask = visibility.of_cache(cache_mask, seen)
         embedded, index, tables = None, None, (None, None)
         if modulations is None:
             embedded = self._time(jnp.reshape(time, (-1, 1)))
         else:
             index, tables = time, modulations
-        context = _Context(embedded, pinned, self._angles(positions), None, own_mask[:, None], history_mask, index)
+        context = DiTContext(embedded, pinned, self._angles(positions), None, own_mask[:, None], history_mask, index)
         dropped = None
         if seen < length and self.config.no_history_vector:
             dropped = jnp.broadcast_to(jnp.arange(length)[None] >= seen, (batch, length))
         layers = tables[0] if self.stacked or tables[0] is not None else (None,) * self.config.num_layers
-        x, kv = self._apply_layers(self._input(latents, positions, dropped), (cache, layers), context)
+        x = self._input(latents, positions, self._plan(plan), dropped)
+        x, kv = self._apply_layers(x, (cache, layers), context)
         return self._output(x, context, tables[1]), kv
 
 

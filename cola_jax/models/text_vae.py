@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import check, require, setting
-from cola_jax.nn import attention, embeddings, masks
+from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.attention import KERNELS
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
+from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
+from cola_jax.nn.reduced_logits import reduced_logits
+from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Posterior
 
 
@@ -100,23 +102,23 @@ def forward_flops(config: VAEConfig, latents: int) -> tuple[float, float, float]
     return encoder / config.patch_size, decoder / config.patch_size, 2.0 * config.dim * config.vocab_size
 
 
-class _Context(NamedTuple):
+class VAEContext(NamedTuple):
     """What all layers share: rotation angles, and who sees whom: a layout, or masks where there is a cache."""
 
     angles: Array
-    layout: attention.Layout | None = None
+    layout: attention.RowLayout | None = None
     own_mask: Array | None = None
     history_mask: Array | None = None
 
 
-class Layer(nn.Module):
+class VAELayer(nn.Module):
     """Attention and gated MLP; ``post_norm`` normalises after attention, not before (SPEC 9)."""
 
     config: VAEConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: _Context):
+    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: VAEContext):
         config = self.config
         norm_attention = LayerNorm(config.norm_eps, config.norm_affine, name="norm_attn")
         norm_mlp = LayerNorm(config.norm_eps, name="norm_ffn")
@@ -142,9 +144,9 @@ class Layer(nn.Module):
         k = embeddings.apply_rope(k.reshape(shape), context.angles, interleaved=False, full_precision=full)
         v = v.reshape(shape)
         if history is None:
-            y = attention.attend_layout(q, k, v, context.layout)
+            y = attention.attend_row(q, k, v, context.layout)
         else:
-            y = attention.attend_history(q, k, v, history, context.history_mask, context.own_mask)
+            y = attention.attend_cached(q, k, v, history, context.history_mask, context.own_mask)
         out = Linear((config.dim,), ("heads", "embed"), use_bias=config.bias, dtype=self.dtype, name="attn_out_proj")
         return out(y.reshape(x.shape)), (k, v)
 
@@ -159,14 +161,14 @@ class Layer(nn.Module):
         return Linear((config.dim,), ("mlp", "embed"), use_bias=config.bias, dtype=self.dtype, name="ffn_out")(h)
 
 
-def _context(config: VAEConfig, length: int, segment_ids) -> _Context:
+def _context(config: VAEConfig, length: int, segment_ids, plan: BlockPlan | None) -> VAEContext:
     positions = jnp.arange(length)[None]
-    layout = attention.Layout(length, _attention_block(config), segment_ids, config.attention_kernel)
-    return _Context(embeddings.rope_angles(positions, config.head_dim, config.rope_theta), layout)
+    layout = attention.RowLayout(length, plan or _plan(config), segment_ids, config.attention_kernel)
+    return VAEContext(embeddings.rope_angles(positions, config.head_dim, config.rope_theta), layout)
 
 
-def _attention_block(config: VAEConfig) -> int:
-    return 1 if config.attention == "causal" else config.block_size
+def _plan(config: VAEConfig) -> BlockPlan:
+    return BlockPlan.equal(1 if config.attention == "causal" else config.block_size)
 
 
 class Encoder(nn.Module):
@@ -176,7 +178,9 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None) -> Posterior:
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None, plan: BlockPlan | None = None
+    ) -> Posterior:
         config, patch = self.config, self.config.patch_size
         batch, length = tokens.shape[0], tokens.shape[1] // patch
         table = self.param(
@@ -186,8 +190,8 @@ class Encoder(nn.Module):
         )
         x = jnp.take(table.astype(self.dtype), tokens, axis=0).reshape(batch, length, patch * config.dim)
         x = Linear((config.dim,), (None, "embed"), dtype=self.dtype, name="patch_embedder")(x)
-        layers = scan_layers(Layer, config.encoder_layers)(config, self.dtype, name="layers")
-        x, _ = layers(x, None, _context(config, length, segment_ids))
+        layers = scan_layers(VAELayer, config.encoder_layers)(config, self.dtype, name="layers")
+        x, _ = layers(x, None, _context(config, length, segment_ids, plan))
         outputs = 2 if config.variational and config.logsnr is None else 1
         names = ("embed", None, "latent")
         head = Linear((outputs, config.latent_dim), names, use_bias=config.bias, dtype=self.dtype, name="final_layer")
@@ -202,37 +206,10 @@ class Encoder(nn.Module):
         return Posterior(mean, logvar)
 
 
-def _reduced(head: Callable, hidden: Array, tokens: Array, reduce: Callable, chunk: int):
-    """``reduce(head(hidden), tokens)``, ``chunk`` positions of each sequence at a time (0: all at once).
-
-    A chunk's logits are computed again for its gradient. Weights and their gradient keep their own type: only
-    inside a chunk is the computation in a narrower one.
-    """
-    batch, length = tokens.shape
-
-    def one(head, carry, part):
-        return carry, reduce(head(part[0]).astype(jnp.float32), part[1])
-
-    if not 0 < chunk < length:
-        return one(head, None, (hidden, tokens))[1]
-    chunks = -(-length // chunk)
-    parts = (jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens))
-    parts = tuple(x.reshape(batch, chunks, chunk, *x.shape[2:]) for x in parts)
-    scan = nn.scan(
-        nn.remat(one, prevent_cse=False),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-        in_axes=1,
-        out_axes=1,
-    )
-    _, values = scan(head, None, parts)
-    return jax.tree.map(lambda x: x.reshape(batch, chunks * chunk)[:, :length], values)
-
-
 class Decoder(nn.Module):
     """Normalised latents to logits over tokens; with a cache, the next latents of a sequence.
 
-    With ``tokens`` [B, T] and ``reduce``, what this makes of the logits in their place (see `_reduced`).
+    With ``tokens`` [B, T] and ``reduce``, what this makes of the logits in their place (see `reduced_logits`).
     """
 
     config: VAEConfig
@@ -242,7 +219,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         latents: Float[Array, "B N D"],
-        context: _Context,
+        context: VAEContext,
         cache: KV | None = None,
         tokens: Int[Array, "B T"] | None = None,
         reduce: Callable | None = None,
@@ -251,7 +228,7 @@ class Decoder(nn.Module):
         batch, length = latents.shape[:2]
         bias = config.bias
         x = Linear((config.dim,), ("latent", "embed"), use_bias=bias, dtype=self.dtype, name="in_layer")(latents)
-        x, kv = scan_layers(Layer, config.decoder_layers)(config, self.dtype, name="layers")(x, cache, context)
+        x, kv = scan_layers(VAELayer, config.decoder_layers)(config, self.dtype, name="layers")(x, cache, context)
         # Outputs are laid out channel-major: channel, then position in the patch (SPEC 9).
         x = Linear((config.dim, patch), ("embed", None, None), dtype=self.dtype, name="unpatch_layer")(x)
         x = x.transpose(0, 1, 3, 2).reshape(batch, length * patch, config.dim)
@@ -259,7 +236,7 @@ class Decoder(nn.Module):
         head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=bias, dtype=self.dtype, name="final_layer")
         if reduce is None:
             return head(x).astype(jnp.float32), kv
-        return _reduced(head, x, tokens, reduce, config.logit_chunk), kv
+        return reduced_logits(head, x, tokens, reduce, config.logit_chunk), kv
 
 
 class TextVAE(nn.Module):
@@ -272,20 +249,26 @@ class TextVAE(nn.Module):
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
 
-    def encode(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None) -> Posterior:
+    def encode(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B N"] | None = None, plan: BlockPlan | None = None
+    ) -> Posterior:
         """The posterior of each latent, before normalisation.
 
         Args:
           tokens: ids in [0, V]; V is the mask token. T is a multiple of the patch size.
           segment_ids: document of each latent; latents see their own document only.
+          plan: blocks of attention; None: as the config says, equal ones, or of one latent where it is causal.
         """
-        return self.encoder(tokens, segment_ids)
+        return self.encoder(tokens, segment_ids, plan)
 
     def decode(
-        self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"] | None = None
+        self,
+        latents: Float[Array, "B N D"],
+        segment_ids: Int[Array, "B N"] | None = None,
+        plan: BlockPlan | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the P tokens of every latent, float32."""
-        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[0]
+        """Logits of the P tokens of every latent, float32; arguments as in `encode`."""
+        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids, plan))[0]
 
     def decode_reduced(
         self,
@@ -293,6 +276,7 @@ class TextVAE(nn.Module):
         tokens: Int[Array, "B T"],
         reduce: Callable[[Float[Array, "B C V"], Int[Array, "B C"]], Any],
         segment_ids: Int[Array, "B N"] | None = None,
+        plan: BlockPlan | None = None,
     ) -> Any:
         """``reduce(decode(latents), tokens)`` in chunks of ``config.logit_chunk`` positions.
 
@@ -302,17 +286,19 @@ class TextVAE(nn.Module):
           latents: normalised.
           tokens: the target at each position, handed to ``reduce``.
           reduce: ``(logits [B, C, V], tokens [B, C]) -> tree of arrays [B, C]``, each position for itself.
-          segment_ids: document of each latent.
+          segment_ids, plan: as in `encode`.
 
         Returns:
           What ``reduce`` returns, of arrays [B, T].
         """
-        context = _context(self.config, latents.shape[1], segment_ids)
+        context = _context(self.config, latents.shape[1], segment_ids, plan)
         return self.decoder(latents, context, None, tokens, reduce)[0]
 
-    def decode_prompt(self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"]) -> KV:
+    def decode_prompt(
+        self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"], plan: BlockPlan | None = None
+    ) -> KV:
         """Keys and values [layers, B, N, H, C] of a sequence's first latents: the start of a cache."""
-        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids))[1]
+        return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids, plan))[1]
 
     def decode_next(
         self,
@@ -320,20 +306,22 @@ class TextVAE(nn.Module):
         cache: KV,
         cache_mask: Bool[Array, "B S"],
         positions: Int[Array, "B N"],
+        plan: BlockPlan | None = None,
     ) -> tuple[Float[Array, "B T V"], KV]:
         """Logits of the next latents of sequences whose earlier ones are cached, and their keys and values.
 
         Args:
-          latents: normalised; whole blocks where attention is block-causal.
+          latents: normalised; whole blocks.
           cache: keys and values [layers, B, S, H, C] of earlier latents.
           cache_mask: True where the cache holds an earlier latent.
           positions: index of each latent in its sequence.
+          plan: blocks of these latents; None: as in `encode`.
         """
         config, length = self.config, latents.shape[1]
         angles = embeddings.rope_angles(positions, config.head_dim, config.rope_theta)
-        own_mask = masks.block_causal(length, _attention_block(config))[:, None]
-        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (latents.shape[0], length, cache_mask.shape[1]))
-        return self.decoder(latents, _Context(angles, None, own_mask, history_mask), cache)
+        own_mask = visibility.block_causal(plan or _plan(config), length)[:, None]
+        history_mask = visibility.of_cache(cache_mask, length)
+        return self.decoder(latents, VAEContext(angles, None, own_mask, history_mask), cache)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation."""

@@ -10,46 +10,48 @@ from collections.abc import Sequence
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from cola_jax.nn import masks
+from cola_jax.nn.visibility import BlockPlan, Place, clean_place, visible
 
 KERNELS = ("auto", "xla", "splash", "splash_interpreted")
 _MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
 @flax.struct.dataclass
-class Layout:
-    """Who sees whom in a row of copies of one sequence: clean data first, then noisy copies of it, or none.
-
-    A position sees the strictly earlier blocks of the clean copy and its own block of its own copy (3.7), where
-    these have its segment. Without noisy copies that is block-causal attention; with blocks of 1, causal.
+class RowLayout:
+    """A row of copies of one sequence: clean data first, then noisy copies of it, or none (see `visible`).
 
     Attributes:
       length: positions N of a copy. Only the clean copy of a row without noisy ones may end inside a block.
-      block_size: positions of a block.
+      plan: blocks of a copy.
       segment_ids: document of each position of the row; None: all are of one.
       kernel: one of `KERNELS` (see `choose_kernel`).
     """
 
     length: int = flax.struct.field(pytree_node=False)
-    block_size: int = flax.struct.field(pytree_node=False)
+    plan: BlockPlan = flax.struct.field(pytree_node=False)
     segment_ids: Int[Array, "#B R"] | None = None
     kernel: str = flax.struct.field(pytree_node=False, default="xla")
 
 
-def attend_layout(
-    q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: Layout
+def attend_row(
+    q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: RowLayout
 ) -> Float[Array, "B R H C"]:
-    """Softmax attention of a row of ``R / layout.length`` copies under `Layout`, without a mask of R x R."""
+    """Softmax attention of a row of ``R / layout.length`` copies, each query to what is `visible` to it.
+
+    No mask of R x R is made.
+    """
+    if q.shape[1] > layout.length and not layout.plan.is_whole(layout.length):
+        raise ValueError(f"{layout.length} positions: must end with a block where noisy copies follow")
     kernel = choose_kernel(layout.kernel, q.shape[-1], q.shape[1], jax.default_backend())
     if kernel == "xla":
         return checkpoint_name(_xla(q, k, v, layout), "attention")
     from cola_jax.nn import splash  # loads Pallas
 
-    interpret = kernel == "splash_interpreted"
-    return splash.attend(q, k, v, layout.segment_ids, layout.length, layout.block_size, interpret)
+    return splash.attend(q, k, v, layout.segment_ids, layout.length, layout.plan, kernel == "splash_interpreted")
 
 
 def choose_kernel(kernel: str, channels: int, row: int, platform: str) -> str:
@@ -63,42 +65,65 @@ def choose_kernel(kernel: str, channels: int, row: int, platform: str) -> str:
     return "splash" if platform == "tpu" and channels % 128 == 0 and row >= 128 else "xla"
 
 
-def _chunks(length: int, block_size: int) -> list[tuple[int, int]]:
-    """Ranges of whole blocks, at least 128 positions and an eighth of the sequence each (except the last)."""
-    size = block_size * -(-max(128, length // 8) // block_size)
-    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+def _chunks(length: int, plan: BlockPlan) -> list[tuple[int, int, int]]:
+    """(begin, end, block size) of ranges of whole blocks of one size.
+
+    They have at least 128 positions and an eighth of the sequence each, where as many blocks of one size follow each
+    other.
+    """
+    chunks = []
+    for begin, end, size in plan.runs(length):
+        step = size * -(-max(128, length // 8) // size)
+        chunks += [(first, min(first + step, end), size) for first in range(begin, end, step)]
+    return chunks
 
 
-def _xla(q, k, v, layout: Layout):
+def _xla(q, k, v, layout: RowLayout):
     """Chunk by chunk of the queries, each against the keys up to its end: about half of all pairs."""
-    (batch, row, heads, channels), length, size = q.shape, layout.length, layout.block_size
+    (batch, row, heads, channels), length = q.shape, layout.length
     copies = row // length - 1
     ids = jnp.zeros((1, row), jnp.int32) if layout.segment_ids is None else layout.segment_ids
-    clean_q, clean_k, clean_v, clean_ids = (x[:, :length] for x in (q, k, v, ids))
-    noisy = [x[:, length:].reshape(x.shape[0], copies, length, *x.shape[2:]) for x in (q, k, v, ids)]
+    clean, noisy = _places(layout.plan, ids, length)
+    clean_q, clean_k, clean_v = (x[:, :length] for x in (q, k, v))
+    noisy_qkv = [x[:, length:].reshape(batch, copies, length, heads, channels) for x in (q, k, v)]
     clean_out, noisy_out = [], []
-    for begin, end in _chunks(length, size):
-        here = slice(begin, end)
-        causal = masks.blocks(jnp.arange(begin, end), jnp.arange(end), size)
-        mask = causal & masks.same_segment(clean_ids[:, here], clean_ids[:, :end])
-        clean_out.append(attend(clean_q[:, here], clean_k[:, :end], clean_v[:, :end], mask))
+    for begin, end, size in _chunks(length, layout.plan):
+        mask = visible(_at(clean, begin, end), _at(clean, 0, end))
+        clean_out.append(attend(clean_q[:, begin:end], clean_k[:, :end], clean_v[:, :end], mask))
         if not copies:
             continue
-        part_q, part_k, part_v, part_ids = (
-            x[:, :, here].reshape(x.shape[0], copies * (end - begin), *x.shape[3:]) for x in noisy
-        )
+        part_qkv = (x[:, :, begin:end].reshape(batch, -1, heads, channels) for x in noisy_qkv)
         past = end - size  # the chunk's last block sees nothing later
-        earlier = masks.blocks(jnp.arange(begin, end), jnp.arange(past), size, strict=True)
-        earlier = jnp.tile(earlier, (1, copies, 1)) & masks.same_segment(part_ids, clean_ids[:, :past])
-        by_block = part_ids.reshape(part_ids.shape[0], -1, size)
-        own = by_block[..., :, None] == by_block[..., None, :]
-        history = (clean_k[:, :past], clean_v[:, :past])
-        part = attend_history(part_q, part_k, part_v, history, earlier, own)
+        here = _at(noisy, begin, end)
+        earlier = visible(here, Place(*(x[:, None] for x in _at(clean, 0, past))))
+        earlier = earlier.reshape(earlier.shape[0], copies * (end - begin), past)
+        own = visible(*[_by_block(here, size)] * 2)
+        own = own.reshape(own.shape[0], -1, size, size)
+        part = attend_history(*part_qkv, (clean_k[:, :past], clean_v[:, :past]), earlier, own)
         noisy_out.append(part.reshape(batch, copies, end - begin, heads, channels))
     if not copies:
         return jnp.concatenate(clean_out, axis=1)
     noisy_row = jnp.concatenate(noisy_out, axis=2).reshape(batch, copies * length, heads, channels)
     return jnp.concatenate([*clean_out, noisy_row], axis=1)
+
+
+def _places(plan: BlockPlan, ids: Array, length: int) -> tuple[Place, Place]:
+    """Places of the clean copy [#B, N] and of the noisy copies [#B, copies, N] of a row with segments [#B, R]."""
+    block, copies = jnp.asarray(plan.ids(length)), ids.shape[1] // length - 1
+    copy = np.arange(1, 1 + copies, dtype=np.int32)[None, :, None]
+    noisy = Place(copy, block[None, None], ids[:, length:].reshape(ids.shape[0], copies, length))
+    return clean_place(block[None], ids[:, :length]), noisy
+
+
+def _at(place: Place, begin: int, end: int) -> Place:
+    """A range of positions of each copy."""
+    return Place(place.copy, place.block[..., begin:end], place.segment[..., begin:end])
+
+
+def _by_block(place: Place, size: int) -> Place:
+    """Blocks of ``size`` on an axis of their own: [..., G * K] to [..., G, K]."""
+    block, segment = (x.reshape(*x.shape[:-1], -1, size) for x in place[1:])
+    return Place(place.copy[..., None], block, segment)
 
 
 def _logits(q, k, mask, equation: str):
@@ -176,3 +201,19 @@ def attend_history(
     own = own.reshape(batch, heads, groups, block, block)
     out = _weighted(own, split(v), "bhgij,bgjhc->bgihc").reshape(q.shape)
     return _divided(out + _weighted(past, history_v, "bhnm,bmhc->bnhc"), total, v.dtype)
+
+
+def attend_cached(
+    q: Float[Array, "B Q H C"],
+    k: Float[Array, "B Q H C"],
+    v: Float[Array, "B Q H C"],
+    history: tuple[Float[Array, "B M H C"], Float[Array, "B M H C"]],
+    history_mask: Bool[Array, "#B N M"],
+    own_mask: Bool[Array, "#B 1 N N"],
+) -> Float[Array, "B Q H C"]:
+    """The first N queries attend to [history | each other]; those behind them are one block without history."""
+    seen = history_mask.shape[1]
+    out = attend_history(q[:, :seen], k[:, :seen], v[:, :seen], history, history_mask, own_mask)
+    if seen == q.shape[1]:
+        return out
+    return jnp.concatenate([out, attend(q[:, seen:], k[:, seen:], v[:, seen:])], axis=1)

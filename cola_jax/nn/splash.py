@@ -1,4 +1,4 @@
-"""Attention of a `Layout` by JAX's TPU splash kernel: tiles of pairs that nobody sees are never computed.
+"""Attention of a row of copies by JAX's TPU splash kernel: tiles of pairs that nobody sees are never computed.
 
 On other devices the kernel can only be interpreted: slow, for tests. It has no forward-mode derivative.
 """
@@ -14,38 +14,40 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from cola_jax.nn.visibility import BlockPlan, Place, visible
+
 LANES = 128  # rows are filled up to a multiple of this
 _PADDING = np.iinfo(np.int32).min  # a segment of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class _Mask(splash_attention.Mask):
-    """`Layout` without its segments, computed tile by tile."""
+    """Who is `visible` to whom but for segments, which the kernel knows apart; computed tile by tile."""
 
     row: int
     length: int
-    block_size: int
+    plan: BlockPlan
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.row, self.row
 
     def __getitem__(self, index) -> np.ndarray:
-        query, key = (np.arange(*part.indices(self.row)) for part in index)
-        query, key = query[:, None], key[None, :]
-        own_copy = query // self.length == key // self.length
-        query_block, key_block = query % self.length // self.block_size, key % self.length // self.block_size
-        return (key < self.length) & (key_block < query_block) | own_copy & (key_block == query_block)
+        return visible(*(self._place(np.arange(*part.indices(self.row))) for part in index))
+
+    def _place(self, index: np.ndarray) -> Place:
+        copy, position = np.divmod(index, self.length)
+        return Place(copy, self.plan.id_of(position), np.zeros_like(index))
 
 
 @functools.lru_cache(maxsize=32)
-def _kernel(heads: int, row: int, length: int, block_size: int, interpret: bool):
+def _kernel(heads: int, row: int, length: int, plan: BlockPlan, interpret: bool):
     tile = max(size for size in (LANES, 2 * LANES) if row % size == 0)
     sizes = splash_attention.BlockSizes(
         **{f"block_{name}": tile for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")},
         **{f"block_{name}": tile for name in ("q_dq", "kv_dq")},
     )
-    mask = splash_attention.MultiHeadMask([_Mask(row, length, block_size)] * heads)
+    mask = splash_attention.MultiHeadMask([_Mask(row, length, plan)] * heads)
     with jax.core.eval_context():
         made = splash_attention.make_splash_mha(
             mask,
@@ -64,10 +66,10 @@ def attend(
     v: Float[Array, "B R H C"],
     segment_ids: Int[Array, "#B R"] | None,
     length: int,
-    block_size: int,
+    plan: BlockPlan,
     interpret: bool = False,
 ) -> Float[Array, "B R H C"]:
-    """Softmax attention under the `Layout` of these segments, length and block size."""
+    """Softmax attention under the `RowLayout` of these segments, length and plan."""
     batch, row, heads, channels = q.shape
     padded = row + -row % LANES
     ids = jnp.zeros((1, row), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
@@ -77,7 +79,7 @@ def attend(
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - row), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
 
     def local(q, k, v, ids):
-        kernel = _kernel(q.shape[1], padded, length, block_size, interpret)
+        kernel = _kernel(q.shape[1], padded, length, plan, interpret)
         one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_attention.SegmentIds(ids, ids))  # noqa: E731
         return jax.vmap(one)(q, k, v, ids)
 

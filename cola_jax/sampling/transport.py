@@ -11,9 +11,10 @@ from jaxtyping import Array
 
 from cola_jax import sharding
 from cola_jax.flow import path, solve
-from cola_jax.models import dit
 from cola_jax.models.cola import ColaDLM
-from cola_jax.nn import masks
+from cola_jax.nn import visibility
+from cola_jax.nn.modulation import ModulationTables
+from cola_jax.nn.visibility import BlockPlan
 from cola_jax.sampling.settings import Settings
 from cola_jax.types import Key, Params
 
@@ -22,7 +23,7 @@ class Weights(NamedTuple):
     """The model's variables, and what the time grid makes of them once for all blocks (None off the grid)."""
 
     params: Params
-    modulations: dit.Modulations | None
+    modulations: ModulationTables | None
 
 
 class Plan(NamedTuple):
@@ -106,7 +107,7 @@ class _Prior:
         return jnp.where(self._guidable, guided, conditional), kv
 
     def _own(self, length: int):
-        return masks.block_causal(length, self._size)
+        return visibility.block_causal(BlockPlan.equal(self._size), length)
 
     def velocity(self, z, time, alone: bool):
         """Velocity of the block at a time, or at the index of a time in the grid; zero where it is pinned."""

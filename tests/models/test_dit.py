@@ -19,7 +19,8 @@ from models.tiny_models import (
 
 from cola_jax.evaluation import benchmark
 from cola_jax.models import cola, dit
-from cola_jax.nn import masks
+from cola_jax.nn import visibility
+from cola_jax.nn.visibility import BlockPlan
 
 LENGTH, BLOCKS = 12, 3
 NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
@@ -145,7 +146,7 @@ def test_cached_blocks_equal_the_training_layout(stacked):
     pinned = jnp.arange(3 * BLOCK)[None] < jnp.array([[BLOCK]] * 2)
     earlier = jnp.arange(LENGTH)[None] < before[:, :1]
     together = jnp.concatenate([before, positions, positions], axis=1)
-    own = masks.block_causal(2 * BLOCK, BLOCK)
+    own = visibility.block_causal(BlockPlan.equal(BLOCK), 2 * BLOCK)
     out, _ = extend(latents, times, together, cache, earlier, own, pinned)
     assert_close(out[:, BLOCK : 2 * BLOCK], expected, 1e-5)
     dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool))

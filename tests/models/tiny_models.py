@@ -60,7 +60,9 @@ def create(vae: dict | None = None, dit: dict | None = None, dtype: str = "float
     return _create(vae_config(**(vae or {})), dit_config(**(dit or {})), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="method", compiler_options=QUICK)
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("method", "plan", "decoder_plan"), compiler_options=QUICK
+)
 def apply(model, params, *args, method: str, **kwargs):
     return model.apply(params, *args, method=method, **kwargs)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models.tiny_models import assert_close, jit, normal
 
-from cola_jax.nn import attention, masks
+from cola_jax.nn import attention
 
 HEADS, CHANNELS = 2, 4
 
@@ -89,14 +89,3 @@ def test_a_query_that_sees_no_history_gets_no_nan_and_no_gradient_from_it():
     value, gradient = jit(jax.value_and_grad(total))(normal(1, 3, HEADS, CHANNELS, seed=4))
     assert jnp.isfinite(value)
     np.testing.assert_array_equal(gradient, 0)
-
-
-def test_masks():
-    np.testing.assert_array_equal(masks.causal(5)[0], np.tri(5, dtype=bool))
-    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    np.testing.assert_array_equal(masks.block_causal(5, 2)[0], np.array(expected, bool))
-    strict = [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
-    np.testing.assert_array_equal(masks.block_causal(5, 2, strict=True)[0], np.array(strict, bool))
-    np.testing.assert_array_equal(
-        masks.same_segment(jnp.array([[1, 2]]), jnp.array([[2, 1, 2]]))[0], [[False, True, False], [True, False, True]]
-    )

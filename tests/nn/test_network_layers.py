@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from models.tiny_models import assert_close, assert_trees_close, jit, normal
 
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers
+from cola_jax.nn.layers import LayerNorm, Linear, scan_layers
 
 
 def test_linear_maps_the_last_axis_to_several():
