@@ -2,21 +2,10 @@
 
 import dataclasses
 
-import diffrax
 import jax
 
+from cola_jax.flow import solve
 from cola_jax.types import UserError
-
-SOLVERS = {
-    "euler": diffrax.Euler,
-    "heun": diffrax.Heun,
-    "midpoint": diffrax.Midpoint,
-    "ralston": diffrax.Ralston,
-    "bosh3": diffrax.Bosh3,
-    "dopri5": diffrax.Dopri5,
-    "tsit5": diffrax.Tsit5,
-    "dopri8": diffrax.Dopri8,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +14,7 @@ class Settings:
 
     Attributes:
       samples: K, posterior samples an example.
-      solver: one of `SOLVERS`.
+      solver: one of `flow.solve.SOLVERS`.
       steps: fixed steps from data to noise; 0: step sizes follow the tolerances, for each block of each sample.
       power: the fixed steps end at ``(i / steps) ** power``: above 1, they are finer near the data, where the flow of
         a trained model changes fastest.
@@ -55,12 +44,19 @@ class Settings:
     rows: int = 64
     prefix: str = "mean"
 
+    @property
+    def method(self) -> solve.Method:
+        """How the ODE of each block is solved."""
+        return solve.Method(
+            self.solver, self.steps, power=self.power, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps
+        )
+
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
         adaptive = not self.steps
         checks = {
             "samples": (self.samples >= 1, "at least 1"),
-            "solver": (self.solver in SOLVERS, "one of " + ", ".join(SOLVERS)),
+            "solver": (self.solver in solve.SOLVERS, "one of " + ", ".join(solve.SOLVERS)),
             "steps": (self.steps >= 0 and not (adaptive and self.solver == "euler"), "at least 1, or 0 (not euler)"),
             "power": (self.power > 0, "a positive number"),
             "rtol": (self.rtol > 0, "a positive number"),

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from cola_jax import rng
 from cola_jax.fields import require, require_at_least, require_choice, require_fraction
-from cola_jax.flow import path, schedule
+from cola_jax.flow import schedule
+from cola_jax.flow.path import PATHS, interpolate
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
 
@@ -29,25 +30,40 @@ class Stage2Config:
     flow_weight: float = 1.0  # lambda_fm
     reference_weight: float = 0.01  # lambda_ref
     encoder_gradient: bool = True  # gradient of the flow-matching loss into the encoder, through z_t and the target
-    time_distribution: str = "logit_normal"  # logit_normal | uniform
+    time_distribution: str = "logit_normal"  # logit_normal | uniform | uniform_log_snr
     time_loc: float = 1.0
     time_scale: float = 1.0
     time_per: str = "block"  # block | sequence
     prompt_blocks: float = 0.05  # share of the blocks that keep a random proper prefix clean
     history_dropout: float = 0.0  # share of the blocks that see no history
     noise_copies: int = 1  # noisy copies for each clean pass
+    path: str = "linear"  # from data to noise: linear | trigonometric | quadratic (`flow.path.PATHS`)
+    time_log_snr_min: float = -10.0  # uniform_log_snr: the log-SNRs of the path that are trained, from this
+    time_log_snr_max: float = 10.0  # to this
+    time_grid: int = 0  # times are multiples of 1 / time_grid (16.7); 0: continuous
 
     def validate(self) -> None:
         require_choice("stage2", self, "strategy", ("joint", "fix_vae", "scratch", "interval"))
-        require_choice("stage2", self, "time_distribution", ("logit_normal", "uniform"))
+        require_choice("stage2", self, "time_distribution", schedule.DISTRIBUTIONS)
+        require_choice("stage2", self, "path", tuple(PATHS))
         require_choice("stage2", self, "time_per", ("block", "sequence"))
         require_at_least(0, "stage2", self, "steps", "vae_weight", "mask_weight", "flow_weight", "reference_weight")
-        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight")
+        require_at_least(0, "stage2", self, "vae_learning_rate_ratio", "entropy_weight", "time_grid")
         require_at_least(1, "stage2", self, "noise_copies")
         require_fraction("stage2", self, "mask_ratio", "prompt_blocks", "history_dropout")
         require(self.time_scale > 0, "stage2.time_scale", self.time_scale, "a positive number")
+        low, high = self.time_log_snr_min, self.time_log_snr_max
+        require(low < high, "stage2.time_log_snr_min", low, f"below stage2.time_log_snr_max = {high}")
         if self.strategy == "interval":
             require(self.interval >= 1, "stage2.interval", self.interval, "at least 1 (strategy = 'interval')")
+
+    @property
+    def times(self) -> schedule.Times:
+        """The distribution of the flow times that are trained."""
+        log_snrs = (self.time_log_snr_min, self.time_log_snr_max)
+        return schedule.Times(
+            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid
+        )
 
 
 def terms(
@@ -117,11 +133,10 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
     noise_keys, time_keys, prompt_keys, drop_keys = rng.split(keys, 4)
     total = stage.noise_copies * length
     blocks = total // block_size
-    sampler = (stage.time_distribution, stage.time_loc, stage.time_scale)
     if stage.time_per == "block":
-        times = schedule.sample_times(time_keys, blocks, *sampler)
+        times = schedule.sample(stage.times, time_keys, blocks)
     else:
-        times = schedule.sample_times(time_keys, stage.noise_copies, *sampler)
+        times = schedule.sample(stage.times, time_keys, stage.noise_copies)
         times = jnp.repeat(times, blocks // stage.noise_copies, axis=1)
     pinned = dropped = None
     if stage.prompt_blocks:
@@ -146,7 +161,7 @@ def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen
     history = jax.lax.stop_gradient(z)
     data = jnp.tile(z if stage.encoder_gradient and not frozen else history, (1, copies, 1))
     times = jnp.repeat(draw.times, block, axis=1)[..., None]
-    noisy, target = path.interpolate(data, draw.noise, times)
+    noisy, target = interpolate(PATHS[stage.path], data, draw.noise, times)
     counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
     if draw.pinned is not None:
         noisy = jnp.where(draw.pinned[..., None], data, noisy)

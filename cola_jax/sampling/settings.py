@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from cola_jax.flow import solve
+from cola_jax.flow import guidance, solve
+from cola_jax.flow.path import PATHS
 from cola_jax.types import UserError
 
 CONDITIONINGS = ("clean", "repaint", "left_pad", "right_pad")
@@ -18,7 +19,7 @@ class Settings:
     Attributes:
       steps: of the solver in each block.
       solver: "euler", "heun" (two evaluations a step), or one of diffrax's (`flow.solve.SOLVERS`).
-      time_shift: 1 spaces the steps evenly; see `flow.solve.time_grid`.
+      time_shift: 1 spaces the steps evenly; see `flow.solve.Grid`.
       start_time: blocks start at this time, between their latents and noise; below 1 only makes sense where there
         are latents to start from (`edit`).
       guidance_scale: s of ``v_uncond + s (v_cond - v_uncond)``; 1 is no guidance. A block without history is
@@ -45,6 +46,8 @@ class Settings:
       prior: "flow" (the DiT), or "normal": latents are the noise itself, what the decoder makes of no prior.
       rotary_period: None: blocks are at their own positions. n: at positions modulo n, which reproduces runs of
         the released code whose table of rotations was filled by a batch of sequences of n latents.
+      path: on which the prior was trained, one of `flow.path.PATHS`: says where latents are that are noised to a time
+        ("repaint", `edit`) and which data a velocity points back to. The flow itself is the prior's.
     """
 
     steps: int = 16
@@ -66,17 +69,18 @@ class Settings:
     context: int | None = None
     prior: str = "flow"
     rotary_period: int | None = None
+    path: str = "linear"
 
     @property
     def times(self) -> np.ndarray:
         """The grid of flow times, ``steps + 1`` of them."""
-        return solve.time_grid(self.steps, self.time_shift, self.start_time)
+        return solve.Grid(self.time_shift, start=self.start_time).times(self.steps).astype(np.float32)
 
     @property
     def guided(self) -> list[bool]:
         """For each step, whether the unconditional branch is needed."""
-        low, high = self.guidance_interval
-        return [self.guidance_scale != 1.0 and bool(low <= t <= high) for t in self.times[:-1]]
+        acts = guidance.acts(self.times[:-1], self.guidance_interval)
+        return [self.guidance_scale != 1.0 and bool(at) for at in acts]
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -98,6 +102,7 @@ class Settings:
             "repetition_penalty": (self.repetition_penalty > 0, "a positive number"),
             "prior": (self.prior in PRIORS, "one of " + ", ".join(map(repr, PRIORS))),
             "rotary_period": (self.rotary_period is None or self.rotary_period >= 1, "None or at least 1"),
+            "path": (self.path in PATHS, "one of " + ", ".join(map(repr, PATHS))),
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
