@@ -34,9 +34,7 @@ class Density(NamedTuple):
 
 
 def precise(model: ColaDLM, params: Params, settings: Settings) -> tuple[ColaDLM, Params]:
-    """Model and parameters of the prior in float64 where the settings ask for it; else as they are."""
-    if settings.dtype == "float32":
-        return model, params
+    """Model and parameters (of the prior alone) that compute in the settings' dtype, whatever the model's own is."""
     dtype = jnp.dtype(settings.dtype)
     prior = jax.tree.map(lambda x: x.astype(dtype), {"dit": params["params"]["dit"]})
     return model.clone(dtype=dtype), {"params": prior}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cola_jax.flow import density as flow_density
-from cola_jax.likelihood import Settings, density
+from cola_jax.likelihood import Settings, density, geometry
 from tests.models import tiny_models
 from tests.models.tiny_models import BLOCK, CHANNELS
 
@@ -148,6 +148,17 @@ def test_float64_goes_through_the_whole_network(tiny, latents):
         found, slope = run(latents[:1].astype(jnp.float64))
         assert slope.dtype == jnp.float64
         np.testing.assert_allclose(found, slope, atol=1e-4)
+
+
+def test_a_bfloat16_model_has_its_density_in_the_dtype_of_the_settings(tiny, latents, solved):
+    model, params = tiny_models.create(dit={"block_position": True}, dtype="bfloat16")
+    found = solve((model, params), latents)
+    assert found.log_prob.dtype == jnp.float32
+    np.testing.assert_allclose(found.log_prob, solved.log_prob, rtol=1e-6)
+    place = geometry.token(model, params, list(range(1, LENGTH + 1)), LENGTH - 1)
+    points = place.mean[None] + tiny_models.normal(2, CHANNELS)
+    both = (geometry.prior_log_prob(m, params, place, points, SETTINGS) for m in (model, tiny[0]))
+    np.testing.assert_allclose(*both, rtol=1e-6)
 
 
 def test_probes_are_those_of_the_settings():
