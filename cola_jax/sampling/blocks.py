@@ -121,9 +121,9 @@ def _latents(plan: Plan, precomputed: Precomputed, block: Block, noise, cache, f
     """What the prior makes of a block's noise: (latents, cache, estimates at every step or None)."""
     settings = plan.settings
     noised = transport.noised(plan.path, block.data, noise, plan.times[0])
-    z = jnp.where(block.known[..., None], block.data, noised)
     if settings.prior == "flow" and first and settings.conditioning == "repaint":
-        return *transport.repaint(plan, precomputed, block, z, cache), None
+        return *transport.repaint(plan, precomputed, block, noised, cache), None
+    z = jnp.where(block.known[..., None], block.data, noised)
     if settings.prior == "flow":
         return transport.carry(plan, precomputed, block, z, cache, estimates)
     return z, cache, None

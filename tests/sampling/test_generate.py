@@ -44,6 +44,7 @@ WAYS = {
     "right_pad": {"conditioning": "right_pad"},
     "repaint": REPAINT | {"guidance_interval": (0.5, 1.0)},
     "repaint, m = 1": REPAINT | {"repaint_fraction": 1.0},
+    "repaint, m = 0": REPAINT | {"repaint_fraction": 0.0},
     "repaint, trigonometric": REPAINT | {"path": "trigonometric"},
     "repaint, quadratic": REPAINT | {"path": "quadratic"},
 }
@@ -156,7 +157,7 @@ def reference(name, prompt, noise, settings, keys=None):
     return new[: settings.max_new_tokens], np.stack(latents)
 
 
-IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint", "repaint, trigonometric")
+IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint", "repaint, m = 0", "repaint, trigonometric")
 
 
 @pytest.mark.parametrize(
