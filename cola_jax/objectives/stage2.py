@@ -154,7 +154,8 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
 def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False) -> Term:
     """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
 
-    The history is stop-gradient; the gradient through z_t and the target is ``stage.encoder_gradient``.
+    The history is stop-gradient, and so are the positions that a prompt block keeps clean: they are a condition
+    like it (17.1). The gradient through z_t and the target is ``stage.encoder_gradient``.
     """
     copies, block = stage.noise_copies, model.dit_config.block_size
     draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
@@ -164,7 +165,7 @@ def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen
     noisy, target = interpolate(PATHS[stage.path], data, draw.noise, times)
     counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
     if draw.pinned is not None:
-        noisy = jnp.where(draw.pinned[..., None], data, noisy)
+        noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
         counted = counted * ~draw.pinned
     velocity = model.apply(
         params,

@@ -201,6 +201,16 @@ def test_noisy_latents_and_target_give_a_gradient_where_told():
     assert_close(gradient(PLAIN, lambda noisy, history: 3 * noisy), expected, 1e-4)
 
 
+def test_the_clean_part_of_a_prompt_block_gives_no_gradient():
+    """It is a condition, as the history is (17.1), whatever the rest of its block makes of it."""
+    stage = dataclasses.replace(PLAIN, prompt_blocks=1.0)
+    pinned = np.asarray(run(stage)[0].kwargs["pinned"])
+    actual = gradient(stage, lambda noisy, history: noisy + jnp.sum(noisy, axis=1, keepdims=True))
+    assert pinned.any()
+    np.testing.assert_array_equal(actual[pinned], 0.0)
+    assert np.all(np.any(actual[~pinned & np.asarray(SEGMENTS > 0)] != 0, axis=-1))
+
+
 def test_no_gradient_where_switched_off_or_frozen():
     both = lambda noisy, history: 3 * noisy + history  # noqa: E731
     off = dataclasses.replace(PLAIN, encoder_gradient=False)
