@@ -226,6 +226,7 @@ def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id if sample.pad_prompts else None,
         context=config.data.sequence_length,
+        path=config.stage2.path,
     )
 
 

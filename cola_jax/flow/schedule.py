@@ -1,31 +1,146 @@
-"""Which flow times are trained, and the signal-to-noise ratio of latents."""
+"""Which flow times are trained: distributions, their densities in t and in log-SNR (15.12-15.19, 16.5-16.10)."""
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cola_jax import rng
+from cola_jax.flow import path as paths
+from cola_jax.flow.path import LINEAR, Path
 from cola_jax.types import Key, Posterior
 
+DISTRIBUTIONS = ("logit_normal", "uniform", "uniform_log_snr")
 
-def sample_times(
-    keys: Key, count: int, distribution: str = "logit_normal", loc: float = 1.0, scale: float = 1.0
-) -> Float[Array, "B M"]:
-    """Flow times in (0, 1), ``count`` for each key.
+
+class Times(NamedTuple):
+    """A distribution of flow times in [0, 1].
+
+    Attributes:
+      distribution: "logit_normal", ``t = sigmoid(loc + scale * normal)`` (16.5-16.8): a larger ``loc`` means more
+        noise; "uniform"; or "uniform_log_snr": the log-SNR of the path is uniform from ``low`` to ``high``.
+      loc, scale: of the logit; scale above 0.
+      low, high: log-SNRs, low < high; the low one is the noisy end.
+      path: whose log-SNR is meant.
+      grid: training times are multiples of 1 / grid (see `discretize`); 0: continuous.
+    """
+
+    distribution: str = "logit_normal"
+    loc: float = 1.0
+    scale: float = 1.0
+    low: float = -10.0
+    high: float = 10.0
+    path: Path = LINEAR
+    grid: int = 0
+
+
+def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
+    """Flow times in [0, 1], ``count`` for each key.
 
     Args:
+      times: their distribution.
       keys: [B].
       count: M.
-      distribution: "logit_normal", ``t = sigmoid(loc + scale * normal)`` (16.5-16.10): a larger ``loc`` means
-        more noise; or "uniform".
     """
-    if distribution == "uniform":
-        return rng.uniform(keys, (count,))
-    return jax.nn.sigmoid(loc + scale * rng.normal(keys, (count,)))
+    if times.distribution == "uniform":
+        t = rng.uniform(keys, (count,))
+    elif times.distribution == "logit_normal":
+        t = jax.nn.sigmoid(times.loc + times.scale * rng.normal(keys, (count,)))
+    else:
+        t = paths.time_at(times.path, times.low + (times.high - times.low) * rng.uniform(keys, (count,)))
+    return discretize(t, times.grid) if times.grid else t
+
+
+def discretize(t: Array, num: int, mode: str = "round") -> Array:
+    """Times on the training grid ``0, 1 / num, .., 1`` (16.7: ``T t`` rounded or floored, with T = num).
+
+    Args:
+      t: times in [0, 1].
+      num: T, at least 1.
+      mode: "round" or "floor"; floored times below 1 never reach 1.
+    """
+    whole = jnp.round(t * num) if mode == "round" else jnp.floor(t * num)
+    return whole / num
+
+
+def _logit(s: Array) -> Array:
+    return jnp.log(s) - jnp.log1p(-s)
+
+
+def pdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
+    """Density of the times before they are put on a grid (16.9), on ``[0, horizon]`` (16.10).
+
+    Args:
+      times: a distribution.
+      t: in [0, horizon]; the density is 0 outside.
+      horizon: T; times are T times those of `sample`.
+    """
+    s = t / horizon
+    inside = (s > 0) & (s < 1)
+    s = jnp.where(inside, s, 0.5)
+    if times.distribution == "uniform":
+        density = jnp.ones_like(s)
+    elif times.distribution == "logit_normal":
+        away = (_logit(s) - times.loc) / times.scale
+        density = jnp.exp(-0.5 * away**2) / (times.scale * math.sqrt(2 * math.pi) * s * (1 - s))
+    else:
+        value = paths.log_snr(times.path, s)
+        speed = -paths.log_snr_slope(times.path, s)
+        density = jnp.where((value >= times.low) & (value <= times.high), speed / (times.high - times.low), 0.0)
+    return jnp.where(inside, density, 0.0) / horizon
+
+
+def cdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
+    """Probability of a time up to t, the integral of `pdf`. Args as there."""
+    s = jnp.clip(t / horizon, 0.0, 1.0)
+    if times.distribution == "uniform":
+        return s
+    if times.distribution == "logit_normal":
+        return jax.scipy.stats.norm.cdf((_logit(s) - times.loc) / times.scale)
+    return jnp.clip((times.high - paths.log_snr(times.path, s)) / (times.high - times.low), 0.0, 1.0)
+
+
+def log_snr_pdf(times: Times, path: Path, value: Array) -> Array:
+    """The density that times induce on the log-SNR of a path: ``p(t(lambda)) |dt / d lambda|`` (15.14-15.16).
+
+    With it, the loss over times is one over lambda with effective weight ``|dt / d lambda|`` (15.19).
+
+    Args:
+      times: a distribution.
+      path: with an inverse of its log-SNR.
+      value: lambda, any real.
+    """
+    t, slope = jax.jvp(lambda v: paths.time_at(path, v), (value,), (jnp.ones_like(value),))
+    return pdf(times, t) * jnp.abs(slope)
+
+
+def shift_time(t: Array, shift: float | Array) -> Array:
+    """``shift t / (1 + (shift - 1) t)``: more noise for a shift above 1; `solve.Grid` shifts its times so.
+
+    On the linear path this adds ``-2 log(shift)`` to the log-SNR, whatever t is, and ``log(shift)`` to the loc of
+    logit-normal times.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_log_snr(path: Path, t: Array, delta: float | Array) -> Array:
+    """The time at which the log-SNR is ``lambda(t) + delta`` (15.6-15.8): less noise for a delta above 0.
+
+    Args:
+      path: with an inverse of its log-SNR. On the linear path: ``shift_time(t, exp(-delta / 2))``.
+      t: times in (0, 1).
+      delta: of the log-SNR.
+    """
+    return paths.time_at(path, paths.log_snr(path, t) + delta)
 
 
 def logsnr(posterior: Posterior, mask: Float[Array, "B N"] | None = None) -> Float[Array, ""]:
-    """``log(E[mean^2] / E[variance])`` over data and coordinates (16.2-16.4)."""
+    """``log(E[mean^2] / E[variance])`` over data and coordinates (16.2-16.4): the VAE's own, at t = 0.
+
+    What the flow's noise makes of it at other times is `path.effective_log_snr`.
+    """
     signal, noise = jnp.square(posterior.mean), jnp.exp(posterior.logvar)
     if mask is not None:
         signal, noise = signal * mask[..., None], noise * mask[..., None]

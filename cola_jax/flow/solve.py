@@ -1,16 +1,20 @@
-"""Integrating the flow from noise to data."""
+"""Integrating a flow: solvers by name, time grids, fixed steps (SPEC 5)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 # A velocity field (z, t) -> dz/dt.
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[[Array, Array], Array]
 
-_DIFFRAX = {
+SOLVERS = {
+    "euler": diffrax.Euler,
+    "heun": diffrax.Heun,
     "midpoint": diffrax.Midpoint,
     "ralston": diffrax.Ralston,
     "bosh3": diffrax.Bosh3,
@@ -18,27 +22,64 @@ _DIFFRAX = {
     "dopri5": diffrax.Dopri5,
     "dopri8": diffrax.Dopri8,
 }
+# Those that `step` takes too: they need the velocity only at the times of the grid.
 STEPPERS = ("euler", "heun")
-SOLVERS = (*STEPPERS, *_DIFFRAX)
 
 
-def time_grid(steps: int, shift: float = 1.0, start: float = 1.0) -> np.ndarray:
-    """``steps + 1`` times from ``start`` (1: noise) down to 0 (data).
+class Grid(NamedTuple):
+    """Where the steps of a solver end.
 
-    Args:
-      steps: at least 1.
-      shift: 1 spaces the times evenly; otherwise t becomes ``shift t / (1 + (shift - 1) t)``, which spends more
-        steps near the noise (above 1) or near the data (below 1).
-      start: the first time, in (0, 1].
+    Attributes:
+      shift: 1 leaves the spacing; otherwise t becomes ``shift t / (1 + (shift - 1) t)``, which spends more steps near
+        the noise (above 1) or near the data (below 1). On the linear path it adds ``-2 log(shift)`` to the log-SNR.
+      power: before the shift, t becomes ``t ** power``: above 1, steps are finer near the data.
+      start, stop: the first and the last flow time, in [0, 1]; 1 (noise) down to 0 (data), or up. ``shift`` and
+        ``power`` act on the share of the way from the smaller to the larger.
     """
-    times = np.linspace(1.0, 0.0, steps + 1)
-    return (start * shift * times / (1.0 + (shift - 1.0) * times)).astype(np.float32)
+
+    shift: float = 1.0
+    power: float = 1.0
+    start: float = 1.0
+    stop: float = 0.0
+
+    def times(self, steps: int) -> Float[np.ndarray, " T"]:
+        """``steps + 1`` times in float64, from ``start`` to ``stop``."""
+        down = self.start > self.stop
+        low, high = sorted((self.start, self.stop))
+        share = np.linspace(1.0 if down else 0.0, 0.0 if down else 1.0, steps + 1) ** self.power
+        times = low + (high - low) * self.shift * share / (1.0 + (self.shift - 1.0) * share)
+        times[[0, -1]] = self.start, self.stop
+        return times
+
+
+class Method(NamedTuple):
+    """How an ODE is solved.
+
+    Attributes:
+      solver: one of `SOLVERS`.
+      steps: fixed steps; 0: step sizes follow the tolerances.
+      shift, power: of the fixed steps; see `Grid`.
+      rtol, atol: tolerances of the adaptive steps.
+      max_steps: rejected ones included, after which a solve has failed.
+    """
+
+    solver: str = "dopri5"
+    steps: int = 0
+    shift: float = 1.0
+    power: float = 1.0
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    max_steps: int = 1000
 
 
 def step(solver: str, velocity: Velocity, z, now, following, v=None) -> jax.Array:
     """One step of a fixed-step solver ("euler", "heun") from time ``now`` to ``following``.
 
     Args:
+      solver: one of `STEPPERS`.
+      velocity: the field.
+      z: state at ``now``.
+      now, following: flow times.
       v: ``velocity(z, now)`` where it is known already.
     """
     dt = following - now
@@ -52,7 +93,10 @@ def integrate(velocity: Velocity, z: jax.Array, times, solver: str = "euler") ->
     """``dz/dt = velocity(z, t)`` along ``times`` (first to last), a step of the solver between neighbours.
 
     Args:
-      solver: one of `SOLVERS`; all but the first two are diffrax's.
+      velocity: the field.
+      z: state at the first time.
+      times: flow times, falling (to data) or rising (to noise).
+      solver: one of `SOLVERS`.
     """
     times = jnp.asarray(times)
     if solver in STEPPERS:
@@ -64,6 +108,6 @@ def integrate(velocity: Velocity, z: jax.Array, times, solver: str = "euler") ->
     term = diffrax.ODETerm(lambda t, z, _: velocity(z, t))
     controller = diffrax.StepTo(ts=times)
     solution = diffrax.diffeqsolve(
-        term, _DIFFRAX[solver](), times[0], times[-1], None, z, stepsize_controller=controller, max_steps=len(times)
+        term, SOLVERS[solver](), times[0], times[-1], None, z, stepsize_controller=controller, max_steps=len(times)
     )
     return solution.ys[-1]

@@ -1,5 +1,6 @@
 """Likelihood of text: `Settings`, `log_likelihood`, `conditional`, and what they say per token and byte."""
 
+from cola_jax.flow.solve import SOLVERS
 from cola_jax.likelihood.estimators import (
     Conditional,
     Likelihood,
@@ -12,7 +13,7 @@ from cola_jax.likelihood.estimators import (
     take,
 )
 from cola_jax.likelihood.rows import stack
-from cola_jax.likelihood.settings import SOLVERS, Settings
+from cola_jax.likelihood.settings import Settings
 
 __all__ = [
     "SOLVERS",

@@ -136,9 +136,9 @@ class Scorer:
     ) -> Iterator[list[dict]]:
         """Results of consecutive requests, some at a time, in their order.
 
-        A text's result has log_prob (nats), log_prob_error 0, bound "exact", perplexity, bits_per_byte and tokens; that of a
-        response the same given its prefix, and "joint", those of both together; that of candidates a list of these,
-        and "best", the index of the most likely one given the prefix.
+        A text's result has log_prob (nats), log_prob_error 0, bound "exact", perplexity, bits_per_byte and tokens; that
+        of a response the same given its prefix, and "joint", those of both together; that of candidates a list of
+        these, and "best", the index of the most likely one given the prefix.
 
         Args:
           requests: of `requests.Format.request`.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cola_jax.flow import density as flow_density
+from cola_jax.flow.solve import Velocity
 from cola_jax.likelihood import density
 from cola_jax.likelihood.settings import Settings
 from cola_jax.models.cola import ColaDLM
@@ -50,7 +52,7 @@ def token(model: ColaDLM, params: Params, tokens, index: int) -> Token:
     return Token(np.asarray(row), latents, latents[0, -1], deviation)
 
 
-def _prior(model, params, place: Token, settings: Settings) -> density.Velocity:
+def _prior(model, params, place: Token, settings: Settings) -> Velocity:
     """Velocity of the token's latent alone, [1, D]; the rest of its block is at time 0."""
     size = model.dit_config.block_size
     model, params = density.precise(model, params, settings)
@@ -68,13 +70,13 @@ def prior_log_prob(
     model: ColaDLM, params: Params, place: Token, points: Float[Array, "S D"], settings: Settings
 ) -> Float[Array, " S"]:
     """``log p(z_n | z_<n)`` at values of the token's latent, nats, with the exact divergence; nan where not solved."""
-    velocity, free = _prior(model, params, place, settings), jnp.ones(1, bool)
+    velocity = _prior(model, params, place, settings)
 
-    def one(point):
-        flow = density.transport(velocity, point[None].astype(settings.dtype), settings)
-        return jnp.where(flow.ok, density.normal_log_prob(flow.end, free) + flow.change, jnp.nan)
+    def log_prob(point):
+        flow = flow_density.transport(velocity, point[None].astype(settings.dtype), settings.method)
+        return jnp.where(flow.ok, flow_density.log_prob(flow), jnp.nan)
 
-    return jax.vmap(one)(points)
+    return jax.vmap(log_prob)(points)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -84,12 +86,12 @@ def prior_samples(
     """Latents of the token drawn from the prior, with what comes before it given."""
     velocity = _prior(model, params, place, settings)
 
-    def one(key):
+    def sample(key):
         noise = jax.random.normal(key, (1, place.mean.shape[0]), settings.dtype)
         unused = jnp.zeros((1, *noise.shape), noise.dtype)  # a probe: the density of samples is not needed
-        return density.transport(velocity, noise, settings, 1.0, 0.0, probes=unused).end[0]
+        return flow_density.transport(velocity, noise, settings.method, 1.0, 0.0, probes=unused).end[0]
 
-    return jax.vmap(one)(jax.random.split(key, count))
+    return jax.vmap(sample)(jax.random.split(key, count))
 
 
 def posterior_samples(place: Token, key: Key, count: int) -> Float[Array, "S D"]:

@@ -2,21 +2,10 @@
 
 import dataclasses
 
-import diffrax
 import jax
 
 from cola_jax.fields import check, require, setting
-
-SOLVERS = {
-    "euler": diffrax.Euler,
-    "heun": diffrax.Heun,
-    "midpoint": diffrax.Midpoint,
-    "ralston": diffrax.Ralston,
-    "bosh3": diffrax.Bosh3,
-    "dopri5": diffrax.Dopri5,
-    "tsit5": diffrax.Tsit5,
-    "dopri8": diffrax.Dopri8,
-}
+from cola_jax.flow import solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +13,7 @@ class Settings:
     """How to estimate log p(x)."""
 
     samples: int = setting(1, "posterior samples an example, K", at_least=1)
-    solver: str = setting("dopri5", "of the ODE from data to noise", choices=tuple(SOLVERS))
+    solver: str = setting("dopri5", "of the ODE from data to noise", choices=tuple(solve.SOLVERS))
     steps: int = setting(
         0, "fixed steps; 0: step sizes follow the tolerances, for each block of each sample (not euler)", at_least=0
     )
@@ -48,6 +37,13 @@ class Settings:
         "latents of the prefix of a scored response: the posterior's mean, as in generation, or a sample",
         choices=("mean", "sample"),
     )
+
+    @property
+    def method(self) -> solve.Method:
+        """How the ODE of each block is solved."""
+        return solve.Method(
+            self.solver, self.steps, power=self.power, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps
+        )
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

@@ -18,8 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import setting
-from cola_jax.nn import attention, embeddings, masks
-from cola_jax.nn.blocks import LayerNorm, Linear, scan_layers, unstack_axis
+from cola_jax.nn import attention, embeddings, visibility
+from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
+from cola_jax.nn.reduced_logits import reduced_logits
+from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Params
 
 KV = tuple[Array, Array]
@@ -68,23 +70,23 @@ def _norm(config: TransformerConfig, name: str | None = None, axis: str | None =
     return LayerNorm(config.norm_eps, name_of_axis=axis, name=name)
 
 
-class Context(NamedTuple):
+class TransformerContext(NamedTuple):
     """What all layers share: rotation angles, and who sees whom: a layout, or masks where there is a cache."""
 
     angles: Array
-    layout: attention.Layout | None = None
+    layout: attention.RowLayout | None = None
     own_mask: Array | None = None
     history_mask: Array | None = None
 
 
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to the residual stream."""
 
     config: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: Context):
+    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: TransformerContext):
         attended, kv = self._attention(_norm(self.config, "norm_attention")(x), history, context)
         x = sharding.constrain(x + attended, "batch", "length", None)
         return x + self._mlp(_norm(self.config, "norm_mlp")(x)), kv
@@ -92,7 +94,7 @@ class Layer(nn.Module):
     def _linear(self, name: str, features, names):
         return Linear(features, names, use_bias=False, dtype=self.dtype, name=name)
 
-    def _attention(self, x, history, context: Context):
+    def _attention(self, x, history, context: TransformerContext):
         config, heads = self.config, (self.config.num_heads, self.config.head_dim)
         qkv = self._linear("qkv", (3, *heads), ("embed", None, "heads", "kv"))(x)
         q, k, v = unstack_axis(sharding.constrain(qkv, "batch", "length", None, "heads", "kv"), 2)
@@ -101,9 +103,9 @@ class Layer(nn.Module):
         q = embeddings.apply_rope(q, context.angles, interleaved=False)
         k = embeddings.apply_rope(k, context.angles, interleaved=False)
         if history is None:
-            y = attention.attend_layout(q, k, v, context.layout)
+            y = attention.attend_row(q, k, v, context.layout)
         else:
-            y = attention.attend_history(q, k, v, history, context.history_mask, context.own_mask)
+            y = attention.attend_cached(q, k, v, history, context.history_mask, context.own_mask)
         out = self._linear("out", (config.dim,), ("heads", "embed"))
         return out(y.reshape(*x.shape[:2], math.prod(heads))), (k, v)
 
@@ -125,11 +127,11 @@ class Transformer(nn.Module):
         table = nn.with_logical_partitioning(init, ("vocab", "embed"))
         self.wte = self.param("wte", table, (config.vocab_size, config.dim))
         self.begin = self.param("begin", nn.with_logical_partitioning(init, ("embed",)), (config.dim,))
-        self.layers = scan_layers(Layer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
+        self.layers = scan_layers(TransformerLayer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
         self.final_norm = _norm(config)
         self.head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
 
-    def hidden(self, ids: Int[Array, "B N"], context: Context, cache: KV | None = None):
+    def hidden(self, ids: Int[Array, "B N"], context: TransformerContext, cache: KV | None = None):
         """Normalised states [B, N, C], and keys and values [layers, B, N, H, C] of the positions."""
         is_begin = (ids == self.config.vocab_size)[..., None]
         x = jnp.take(self.wte.astype(self.dtype), jnp.minimum(ids, self.config.vocab_size - 1), axis=0)
@@ -141,31 +143,9 @@ class Transformer(nn.Module):
         """Logits of every token, float32."""
         return self.head(hidden).astype(jnp.float32)
 
-
-def _in_chunks(network: Transformer, hidden: Array, tokens: Array, reduce: Callable, chunk: int):
-    """``reduce(logits(hidden), tokens)``, ``chunk`` positions of each sequence at a time (0: all at once).
-
-    A chunk's logits are computed again for its gradient.
-    """
-    batch, length = tokens.shape
-
-    def one(network, carry, part):
-        return carry, reduce(network.logits(part[0]), part[1])
-
-    if not 0 < chunk < length:
-        return one(network, None, (hidden, tokens))[1]
-    fill = -length % chunk
-    parts = [jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens)]
-    parts = tuple(x.reshape(batch, -1, chunk, *x.shape[2:]) for x in parts)
-    scan = nn.scan(
-        nn.remat(one, prevent_cse=False),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-        in_axes=1,
-        out_axes=1,
-    )
-    _, values = scan(network, None, parts)
-    return jax.tree.map(lambda x: x.reshape(batch, length + fill)[:, :length], values)
+    def reduced_logits(self, hidden, tokens, reduce):
+        """``reduce(logits(hidden), tokens)``, without all logits at once."""
+        return reduced_logits(self.head, hidden, tokens, reduce, self.config.logit_chunk)
 
 
 class Autoregressive(nn.Module):
@@ -186,8 +166,8 @@ class Autoregressive(nn.Module):
             before = jnp.where(goes_on, before, config.vocab_size)
         # Positions count from the start of the row: rotations only tell distances inside a segment.
         angles = embeddings.rope_angles(jnp.arange(length)[None], config.head_dim, config.rope_theta)
-        layout = attention.Layout(length, 1, segment_ids, config.attention_kernel)
-        return self.transformer.hidden(before, Context(angles, layout))
+        layout = attention.RowLayout(length, BlockPlan.equal(1), segment_ids, config.attention_kernel)
+        return self.transformer.hidden(before, TransformerContext(angles, layout))
 
     def logits(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of the token at each position, given those before it in its segment, float32.
@@ -217,7 +197,7 @@ class Autoregressive(nn.Module):
           What ``reduce`` returns, of arrays [B, T].
         """
         hidden = self._read(tokens, segment_ids)[0]
-        return _in_chunks(self.transformer, hidden, tokens, reduce, self.config.logit_chunk)
+        return self.transformer.reduced_logits(hidden, tokens, reduce)
 
     def prefill(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KV:
         """Keys (after RoPE) and values [layers, B, T, H, C] of the positions of prompts: the start of a cache.
@@ -245,10 +225,10 @@ class Autoregressive(nn.Module):
           cache: keys and values [layers, B, S, H, C] of earlier positions.
           cache_mask: True where the cache holds an earlier position of the sequence.
         """
-        config, (batch, length) = self.config, before.shape
+        config, length = self.config, before.shape[1]
         angles = embeddings.rope_angles(positions, config.head_dim, config.rope_theta)
-        history_mask = jnp.broadcast_to(cache_mask[:, None, :], (batch, length, cache_mask.shape[1]))
-        context = Context(angles, None, masks.causal(length)[:, None], history_mask)
+        own_mask = visibility.block_causal(BlockPlan.equal(1), length)[:, None]
+        context = TransformerContext(angles, None, own_mask, visibility.of_cache(cache_mask, length))
         hidden, kv = self.transformer.hidden(before, context, cache)
         return self.transformer.logits(hidden), kv
 

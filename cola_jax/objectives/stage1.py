@@ -70,4 +70,4 @@ def _some_noisy(z: jax.Array, stage, keys: Key) -> jax.Array:
     choose, time, noise = rng.split(keys, 3)
     chosen = rng.uniform(choose, (1,)) < stage.noisy_decoding
     t = jnp.where(chosen, rng.uniform(time, (1,)) * stage.noisy_decoding_max_time, 0.0)
-    return path.interpolate(z, rng.normal(noise, z.shape[1:]), t[..., None])[0]
+    return path.interpolate(path.LINEAR, z, rng.normal(noise, z.shape[1:]), t[..., None])[0]

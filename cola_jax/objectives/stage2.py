@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from cola_jax import rng
 from cola_jax.fields import require, setting
-from cola_jax.flow import path, schedule
+from cola_jax.flow import schedule
+from cola_jax.flow.path import PATHS, interpolate
 from cola_jax.objectives import common
 from cola_jax.types import Key, Params, Term
 
@@ -35,7 +36,7 @@ class Stage2Config:
     encoder_gradient: bool = setting(
         True, "gradient of the flow-matching loss into the encoder, through z_t and the target"
     )
-    time_distribution: str = setting("logit_normal", "of t", choices=("logit_normal", "uniform"))
+    time_distribution: str = setting("logit_normal", "of t", choices=schedule.DISTRIBUTIONS)
     time_loc: float = setting(1.0, "mean of the normal of 'logit_normal'")
     time_scale: float = setting(1.0, "and its standard deviation", above=0)
     time_per: str = setting("block", "what has a time of its own", choices=("block", "sequence"))
@@ -44,10 +45,24 @@ class Stage2Config:
     )
     history_dropout: float = setting(0.0, "share of the blocks that see no history", at_least=0, at_most=1)
     noise_copies: int = setting(1, "noisy copies for each clean pass", at_least=1)
+    path: str = setting("linear", "from data to noise (`flow.path`)", choices=tuple(PATHS))
+    time_log_snr_min: float = setting(-10.0, "'uniform_log_snr': the log-SNRs of the path that are trained, from this")
+    time_log_snr_max: float = setting(10.0, "to this")
+    time_grid: int = setting(0, "times are multiples of 1 / time_grid (16.7); 0: continuous", at_least=0)
 
     def check_together(self, prefix: str) -> None:
         ok = self.strategy != "interval" or self.interval >= 1
         require(ok, f"{prefix}interval", self.interval, "at least 1 (strategy = 'interval')")
+        low, high = self.time_log_snr_min, self.time_log_snr_max
+        require(low < high, f"{prefix}time_log_snr_min", low, f"below time_log_snr_max = {high}")
+
+    @property
+    def times(self) -> schedule.Times:
+        """The distribution of the flow times that are trained."""
+        log_snrs = (self.time_log_snr_min, self.time_log_snr_max)
+        return schedule.Times(
+            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid
+        )
 
 
 def terms(
@@ -117,11 +132,10 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
     noise_keys, time_keys, prompt_keys, drop_keys = rng.split(keys, 4)
     total = stage.noise_copies * length
     blocks = total // block_size
-    sampler = (stage.time_distribution, stage.time_loc, stage.time_scale)
     if stage.time_per == "block":
-        times = schedule.sample_times(time_keys, blocks, *sampler)
+        times = schedule.sample(stage.times, time_keys, blocks)
     else:
-        times = schedule.sample_times(time_keys, stage.noise_copies, *sampler)
+        times = schedule.sample(stage.times, time_keys, stage.noise_copies)
         times = jnp.repeat(times, blocks // stage.noise_copies, axis=1)
     pinned = dropped = None
     if stage.prompt_blocks:
@@ -139,17 +153,18 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
 def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False) -> Term:
     """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
 
-    The history is stop-gradient; the gradient through z_t and the target is ``stage.encoder_gradient``.
+    The history is stop-gradient, and so are the positions that a prompt block keeps clean: they are a condition
+    like it (17.1). The gradient through z_t and the target is ``stage.encoder_gradient``.
     """
     copies, block = stage.noise_copies, model.dit_config.block_size
     draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
     history = jax.lax.stop_gradient(z)
     data = jnp.tile(z if stage.encoder_gradient and not frozen else history, (1, copies, 1))
     times = jnp.repeat(draw.times, block, axis=1)[..., None]
-    noisy, target = path.interpolate(data, draw.noise, times)
+    noisy, target = interpolate(PATHS[stage.path], data, draw.noise, times)
     counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
     if draw.pinned is not None:
-        noisy = jnp.where(draw.pinned[..., None], data, noisy)
+        noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
         counted = counted * ~draw.pinned
     velocity = model.apply(
         params,

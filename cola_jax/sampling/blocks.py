@@ -18,7 +18,7 @@ from cola_jax.models import dit
 from cola_jax.models.cola import ColaDLM
 from cola_jax.sampling import choose, transport
 from cola_jax.sampling.conditioning import Layout
-from cola_jax.sampling.transport import Block, Plan, Weights
+from cola_jax.sampling.transport import Block, Plan, Precomputed
 from cola_jax.types import Key, Params
 
 
@@ -63,11 +63,11 @@ _unstack = jax.jit(dit.unstack, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tabulate(plan: Plan, params: Params) -> Weights:
+def tabulate(plan: Plan, params: Params) -> Precomputed:
     """The parameters with the modulations of the plan's times."""
     if plan.settings.solver not in solve.STEPPERS:
-        return Weights(params, None)
-    return Weights(params, plan.model.apply(params, jnp.asarray(plan.times), method="modulations"))
+        return Precomputed(params, None)
+    return Precomputed(params, plan.model.apply(params, jnp.asarray(plan.times), method="modulations"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,7 +117,21 @@ def _streams(keys: Key) -> tuple[Key, Key]:
     return both[:, 0], both[:, 1]
 
 
-def advance(plan: Plan, weights: Weights, state: State, noise=None, first: bool = False, estimates: bool = False):
+def _latents(plan: Plan, precomputed: Precomputed, block: Block, noise, cache, first: bool, estimates: bool):
+    """What the prior makes of a block's noise: (latents, cache, estimates at every step or None)."""
+    settings = plan.settings
+    noised = transport.noised(plan.path, block.data, noise, plan.times[0])
+    if settings.prior == "flow" and first and settings.conditioning == "repaint":
+        return *transport.repaint(plan, precomputed, block, noised, cache), None
+    z = jnp.where(block.known[..., None], block.data, noised)
+    if settings.prior == "flow":
+        return transport.carry(plan, precomputed, block, z, cache, estimates)
+    return z, cache, None
+
+
+def advance(
+    plan: Plan, precomputed: Precomputed, state: State, noise=None, first: bool = False, estimates: bool = False
+):
     """Generates the next block of every sequence that is not done.
 
     Args:
@@ -138,14 +152,8 @@ def advance(plan: Plan, weights: Weights, state: State, noise=None, first: bool 
         z = transport.normal(noise_keys, state.previous.shape[1:])
     else:
         z = noise[rows, jnp.minimum(state.block, noise.shape[1] - 1)]
-    z = jnp.where(block.known[..., None], block.data, transport.noised(block.data, z, plan.times[0]))
-    guesses, cache = None, state.prior
-    if settings.prior == "flow" and first and settings.conditioning == "repaint":
-        z, cache = transport.repaint(plan, weights, block, z, cache)
-    elif settings.prior == "flow":
-        z, cache, guesses = transport.carry(plan, weights, block, z, cache, estimates)
-
-    decode = functools.partial(model.apply, weights.params, method="decode_next")
+    z, cache, guesses = _latents(plan, precomputed, block, z, state.prior, first, estimates)
+    decode = functools.partial(model.apply, precomputed.params, method="decode_next")
     logits, kv = decode(z, state.decoder, block.cache_mask, block.positions)
     logits = choose.penalize_repetition(logits, state.seen, settings.repetition_penalty)
     tokens = choose.choose(logits, token_keys, settings.temperature, settings.top_k, settings.top_p)
@@ -197,14 +205,14 @@ advance_once = jax.jit(advance, static_argnums=0, static_argnames=("first", "est
 @functools.partial(jax.jit, static_argnums=0)
 def run(plan: Plan, params: Params, layout: Layout, keys: Key, noise=None) -> Generation:
     """The whole generation in one program."""
-    weights, state = tabulate(plan, params), start(plan, params, layout, keys)
+    precomputed, state = tabulate(plan, params), start(plan, params, layout, keys)
     if plan.settings.conditioning == "repaint":
-        state, _ = advance(plan, weights, state, noise, first=True)
+        state, _ = advance(plan, precomputed, state, noise, first=True)
 
     def going(state: State):
         return jnp.any(~state.done & (state.block < plan.blocks))
 
-    state = jax.lax.while_loop(going, lambda state: advance(plan, weights, state, noise)[0], state)
+    state = jax.lax.while_loop(going, lambda state: advance(plan, precomputed, state, noise)[0], state)
     return cut(plan, state)
 
 

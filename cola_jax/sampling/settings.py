@@ -6,7 +6,8 @@ import numpy as np
 
 from cola_jax.config import SampleConfig
 from cola_jax.fields import check, like, require, setting
-from cola_jax.flow import solve
+from cola_jax.flow import guidance, solve
+from cola_jax.flow.path import PATHS
 
 CONDITIONINGS = ("clean", "repaint", "left_pad", "right_pad")
 PRIORS = ("flow", "normal")
@@ -25,9 +26,11 @@ class Settings:
     """
 
     steps: int = setting(16, "steps of the solver in each block", at_least=1)
-    solver: str = setting("euler", "heun has two evaluations a step; the others are diffrax's", choices=solve.SOLVERS)
+    solver: str = setting(
+        "euler", "heun has two evaluations a step; the others are diffrax's", choices=tuple(solve.SOLVERS)
+    )
     time_shift: float = setting(
-        1.0, "1: even steps; above: more of them near the noise, below: near the data (`flow.solve.time_grid`)", above=0
+        1.0, "1: even steps; above: more of them near the noise, below: near the data (`flow.solve.Grid`)", above=0
     )
     start_time: float = setting(
         1.0,
@@ -75,20 +78,26 @@ class Settings:
     rotary_period: int | None = setting(
         None,
         "positions of blocks are modulo this, as in runs of the released code whose table of rotations was filled by "
-        "a batch of sequences of so many latents; None: their own",
+        "a batch of sequences of that many latents; None: their own",
         at_least=1,
+    )
+    path: str = setting(
+        "linear",
+        "on which the prior was trained: where latents are that are noised to a time ('repaint', `edit`)",
+        choices=tuple(PATHS),
+        flag=False,
     )
 
     @property
     def times(self) -> np.ndarray:
         """The grid of flow times, ``steps + 1`` of them."""
-        return solve.time_grid(self.steps, self.time_shift, self.start_time)
+        return solve.Grid(self.time_shift, start=self.start_time).times(self.steps).astype(np.float32)
 
     @property
     def guided(self) -> list[bool]:
         """For each step, whether the unconditional branch is needed."""
-        low, high = self.guidance_interval
-        return [self.guidance_scale != 1.0 and bool(low <= t <= high) for t in self.times[:-1]]
+        acts = guidance.acts(self.times[:-1], self.guidance_interval)
+        return [self.guidance_scale != 1.0 and bool(at) for at in acts]
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

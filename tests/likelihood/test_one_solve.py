@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cola_jax.likelihood import Settings, density
+from cola_jax.flow import density as flow_density
+from cola_jax.likelihood import Settings, density, geometry
 from tests.models import tiny_models
 from tests.models.tiny_models import BLOCK, CHANNELS
 
@@ -94,16 +95,16 @@ def test_one_solve_equals_block_by_block_solves(tiny, latents, solved):
     """Each block alone in time: the others stay where they are, in the training layout."""
     model, params = tiny
 
-    def one(history, block):
+    def log_prob(history, block):
         def velocity(z, t):
             noisy = jnp.where(block[:, None], z, history)
             return model.apply(params, noisy[None], t[None], history=history[None], method="velocity")[0]
 
-        flow = density.transport(velocity, history, SETTINGS, free=block)
-        return density.normal_log_prob(flow.end, block) + flow.change
+        flow = flow_density.transport(velocity, history, SETTINGS.method, free=block)
+        return flow_density.log_prob(flow, block)
 
     by_block = jnp.arange(LENGTH)[None] // BLOCK == jnp.arange(BLOCKS)[:, None]
-    found = tiny_models.jit(jax.vmap(one, (None, 0)))(latents[0], by_block)
+    found = tiny_models.jit(jax.vmap(log_prob, (None, 0)))(latents[0], by_block)
     np.testing.assert_allclose(solved.log_prob[0], found, rtol=1e-5, atol=1e-5)
 
 
@@ -147,3 +148,24 @@ def test_float64_goes_through_the_whole_network(tiny, latents):
         found, slope = run(latents[:1].astype(jnp.float64))
         assert slope.dtype == jnp.float64
         np.testing.assert_allclose(found, slope, atol=1e-4)
+
+
+def test_a_bfloat16_model_has_its_density_in_the_dtype_of_the_settings(tiny, latents, solved):
+    model, params = tiny_models.create(dit={"block_position": True}, dtype="bfloat16")
+    found = solve((model, params), latents)
+    assert found.log_prob.dtype == jnp.float32
+    np.testing.assert_allclose(found.log_prob, solved.log_prob, rtol=1e-6)
+    place = geometry.token(model, params, list(range(1, LENGTH + 1)), LENGTH - 1)
+    points = place.mean[None] + tiny_models.normal(2, CHANNELS)
+    both = (geometry.prior_log_prob(m, params, place, points, SETTINGS) for m in (model, tiny[0]))
+    np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+def test_probes_are_those_of_the_settings():
+    key = jax.random.key(3)
+    assert density.draw_probes(key, SETTINGS, (4, 2)) is None
+    single = density.draw_probes(key, Settings(), (4, 2))
+    assert single.shape == (1, 4, 2) and set(np.unique(single)) == {-1.0, 1.0}
+    with jax.enable_x64(True):
+        several = density.draw_probes(key, Settings(probe="gaussian", probes=3, dtype="float64"), (4, 2))
+    assert several.shape == (3, 4, 2) and several.dtype == jnp.float64 and len(np.unique(several)) == 24

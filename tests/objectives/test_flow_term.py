@@ -9,8 +9,11 @@ import pytest
 from models.tiny_models import BLOCK, assert_close, dit_config, normal
 
 from cola_jax import rng
+from cola_jax.flow.path import PATHS
 from cola_jax.objectives import stage2
 from cola_jax.objectives.stage2 import Stage2Config
+from cola_jax.types import UserError
+from tests.flow.gaussian import CURVES
 
 BATCH, LENGTH, BLOCKS, CHANNELS = 8, 12, 3, 4
 Z = normal(BATCH, LENGTH, CHANNELS, seed=1)
@@ -55,6 +58,19 @@ def test_the_term_is_the_squared_error_against_noise_minus_data():
     assert term.coefficient == PLAIN.flow_weight
     np.testing.assert_array_equal(spy.history, Z)
     np.testing.assert_array_equal(spy.kwargs["segment_ids"], SEGMENTS)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_term_on_every_path(path):
+    """The noise and times are those that the linear path has for the same keys."""
+    velocity = normal(BATCH, LENGTH, CHANNELS, seed=5)
+    noise, z = noise_of(run()[0], Z), np.asarray(Z, np.float64)
+    spy, term = run(dataclasses.replace(PLAIN, path=path), lambda noisy, history: velocity)
+    t = np.repeat(np.asarray(spy.times, np.float64), BLOCK, axis=1)[..., None]
+    signal, signal_slope, weight, weight_slope = CURVES[path](t)
+    assert_close(spy.noisy, signal * z + weight * noise, 1e-5)
+    errors = (np.asarray(velocity) - (signal_slope * z + weight_slope * noise)) ** 2
+    assert_close(term.value, (errors.mean(-1) * np.asarray(SEGMENTS > 0)).sum(1), 1e-4)
 
 
 def test_the_noise_is_standard_normal():
@@ -129,6 +145,40 @@ def test_times_follow_the_config():
         assert abs(np.median(spy.times) - median) < 0.08
 
 
+def test_times_uniform_in_the_log_snr_of_the_path():
+    stage = dataclasses.replace(
+        PLAIN, path="trigonometric", time_distribution="uniform_log_snr", time_log_snr_min=-3.0, time_log_snr_max=5.0
+    )
+    keys, z = rng.key(0, "train", 3, jnp.arange(100)), normal(100, LENGTH, CHANNELS)
+    spy, _ = run(stage, z=z, keys=keys, segments=jnp.ones((100, LENGTH), jnp.int32))
+    signal, _, noise, _ = CURVES["trigonometric"](np.asarray(spy.times, np.float64))
+    values = np.log(signal**2 / noise**2)
+    assert -3.001 < values.min() < -2.8 and 4.8 < values.max() < 5.001
+    assert abs(np.median(values) - 1.0) < 0.95  # 300 draws: 4 standard errors
+
+
+@pytest.mark.parametrize("per", ["block", "sequence"])
+def test_times_on_the_training_grid(per):
+    spy, _ = run(dataclasses.replace(PLAIN, time_grid=5, time_per=per))
+    continuous, _ = run(dataclasses.replace(PLAIN, time_per=per))
+    np.testing.assert_allclose(spy.times, np.round(np.asarray(continuous.times) * 5) / 5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "cubic"}, "stage2.path = 'cubic': must be one of 'linear', 'trigonometric', 'quadratic'"),
+        ({"time_grid": -1}, "stage2.time_grid = -1: must be a number of at least 0"),
+        ({"time_log_snr_min": 10.0}, "stage2.time_log_snr_min = 10.0: must be below stage2.time_log_snr_max = 10.0"),
+        ({"time_distribution": "normal"}, "must be one of 'logit_normal', 'uniform', 'uniform_log_snr'"),
+    ],
+)
+def test_a_bad_choice_of_path_or_times_is_told(changes, message):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(PLAIN, **changes).validate()
+    assert message in str(error.value)
+
+
 def gradient(stage, velocity, frozen=False):
     return jax.grad(lambda z: jnp.sum(run(stage, velocity, z, frozen=frozen)[1].value))(Z)
 
@@ -149,6 +199,16 @@ def test_noisy_latents_and_target_give_a_gradient_where_told():
     errors = 3 * np.asarray(spy.noisy) - (noise_of(spy, Z) - np.asarray(Z))
     expected = 2 / CHANNELS * errors * (3 * (1 - t) + 1) * np.asarray(SEGMENTS > 0)[..., None]
     assert_close(gradient(PLAIN, lambda noisy, history: 3 * noisy), expected, 1e-4)
+
+
+def test_the_clean_part_of_a_prompt_block_gives_no_gradient():
+    """It is a condition, as the history is (17.1), whatever the rest of its block makes of it."""
+    stage = dataclasses.replace(PLAIN, prompt_blocks=1.0)
+    pinned = np.asarray(run(stage)[0].kwargs["pinned"])
+    actual = gradient(stage, lambda noisy, history: noisy + jnp.sum(noisy, axis=1, keepdims=True))
+    assert pinned.any()
+    np.testing.assert_array_equal(actual[pinned], 0.0)
+    assert np.all(np.any(actual[~pinned & np.asarray(SEGMENTS > 0)] != 0, axis=-1))
 
 
 def test_no_gradient_where_switched_off_or_frozen():

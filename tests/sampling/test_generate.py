@@ -13,6 +13,7 @@ from cola_jax import sampling
 from cola_jax.models import cola
 from cola_jax.sampling import Settings, blocks
 from cola_jax.types import UserError
+from tests.flow.gaussian import CURVES
 
 STEPS, LATENTS = 3, 24
 MODELS = {
@@ -43,6 +44,9 @@ WAYS = {
     "right_pad": {"conditioning": "right_pad"},
     "repaint": REPAINT | {"guidance_interval": (0.5, 1.0)},
     "repaint, m = 1": REPAINT | {"repaint_fraction": 1.0},
+    "repaint, m = 0": REPAINT | {"repaint_fraction": 0.0},
+    "repaint, trigonometric": REPAINT | {"path": "trigonometric"},
+    "repaint, quadratic": REPAINT | {"path": "quadratic"},
 }
 
 
@@ -111,6 +115,7 @@ def reference(name, prompt, noise, settings, keys=None):
 
     def repaint(z, here, key):
         data, count = sequence[here], 0
+        curves = CURVES[settings.path]
         mine, early = known[here][:, None], round(settings.repaint_fraction * settings.steps)
 
         def draw(turn, which):
@@ -121,20 +126,23 @@ def reference(name, prompt, noise, settings, keys=None):
             cycles = settings.repaint_cycles if index < early else 1
             for cycle in range(cycles):
                 if index < early:
-                    z = np.where(mine, (1 - now) * data + now * draw(count, 0), z)
+                    signal, _, noise, _ = curves(now)
+                    z = np.where(mine, signal * data + noise * draw(count, 0), z)
                 z = step(z, here, np.zeros(LATENTS, bool), now, later)
                 if cycle < cycles - 1:
-                    keep = (1 - now) / (1 - later)
-                    z = keep * z + np.sqrt(now**2 - (keep * later) ** 2) * draw(count, 1)
+                    (signal, _, noise, _), (signal_later, _, noise_later, _) = curves(now), curves(later)
+                    keep = signal / signal_later
+                    z = keep * z + np.sqrt(noise**2 - (keep * noise_later) ** 2) * draw(count, 1)
                 count += 1
         return np.where(mine, data, z) if early == settings.steps else z
 
     while begin + len(new) < begin + settings.max_new_tokens:
         here = (np.arange(LATENTS) >= start) & (np.arange(LATENTS) < start + BLOCK)
-        z = np.where(known[here][:, None], sequence[here], noise[len(latents)])
+        z = noise[len(latents)]
         if settings.conditioning == "repaint" and start == first:
             z = repaint(z, here, keys[0])
         else:
+            z = np.where(known[here][:, None], sequence[here], z)
             for now, later in itertools.pairwise(times):
                 z = step(z, here, known, now, later)
         sequence[here] = z
@@ -149,7 +157,7 @@ def reference(name, prompt, noise, settings, keys=None):
     return new[: settings.max_new_tokens], np.stack(latents)
 
 
-IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint")
+IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint", "repaint, m = 0", "repaint, trigonometric")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +375,7 @@ BAD_SETTINGS = [
         {"conditioning": "none"},
         "sampling conditioning = 'none': must be one of 'clean', 'repaint', 'left_pad', 'right_pad'",
     ),
+    ({"path": "cubic"}, "sampling path = 'cubic': must be one of 'linear', 'trigonometric', 'quadratic'"),
     ({"rotary_period": 0}, "sampling rotary_period = 0: must be None or at least 1"),
     (
         {"conditioning": "repaint", "solver": "tsit5"},

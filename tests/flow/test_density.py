@@ -1,14 +1,14 @@
 """Closed forms: linear velocity fields of Gaussians, where density, order and the estimator's variance are known."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cola_jax.likelihood import Settings, density
-from tests.likelihood import gaussian
+from cola_jax.flow import density
+from cola_jax.flow.path import PATHS
+from cola_jax.flow.solve import Method
+from tests.flow import gaussian
 from tests.models.tiny_models import jit
 
 MEAN = np.array([0.5, -1.0, 0.2, 0.8, -0.3, 0.0])
@@ -16,27 +16,30 @@ COVARIANCE = gaussian.covariance(6)
 Z = np.random.default_rng(1).multivariate_normal(MEAN, COVARIANCE, 8).reshape(8, 3, 2)
 EXACT = np.array([gaussian.log_prob(z, MEAN, COVARIANCE) for z in Z])
 WHOLE = jnp.ones(3, bool)
-FINE = Settings(rtol=1e-9, atol=1e-9, divergence="exact", dtype="float64")
+FINE = Method(rtol=1e-9, atol=1e-9)
 
 
-def score(z, settings, probes=None):
+def score(z, method, probes=None, path="linear"):
     """log p of [S, 3, 2] under the Gaussian's flow, and the flow's end."""
-    field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE))
-    flow = jax.vmap(lambda x, e: density.transport(field, x, settings, probes=e), (0, None if probes is None else 0))
+    field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
+    flow = jax.vmap(lambda x, e: density.transport(field, x, method, probes=e), (0, None if probes is None else 0))
     out = jit(flow)(z, probes)
-    return jax.vmap(density.normal_log_prob, (0, None))(out.end, WHOLE) + out.change, out
+    return jax.vmap(density.log_prob, (0, None))(out, WHOLE), out
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
-def test_log_density_of_a_gaussian(solver):
+@pytest.mark.parametrize(
+    ("solver", "path"), [("dopri5", name) for name in PATHS] + [("tsit5", "linear"), ("dopri8", "trigonometric")]
+)
+def test_log_density_of_a_gaussian(solver, path):
+    """Each path has another field and the same density."""
     with jax.enable_x64(True):
-        found, flow = score(jnp.asarray(Z), dataclasses.replace(FINE, solver=solver))
+        found, flow = score(jnp.asarray(Z), FINE._replace(solver=solver), path=path)
         assert np.all(flow.ok)
         np.testing.assert_allclose(found, EXACT, atol=1e-5)
 
 
 def test_log_density_in_float32():
-    found, flow = score(jnp.asarray(Z, jnp.float32), Settings(rtol=1e-6, atol=1e-6, divergence="exact"))
+    found, flow = score(jnp.asarray(Z, jnp.float32), Method(rtol=1e-6, atol=1e-6))
     assert found.dtype == jnp.float32 and np.all(flow.ok)
     np.testing.assert_allclose(found, EXACT, atol=2e-4)
 
@@ -53,16 +56,22 @@ def test_log_density_in_float32():
 )
 def test_order_in_the_step_size(solver, order, steps, power):
     with jax.enable_x64(True):
-        settings = Settings(solver=solver, power=power, divergence="exact", dtype="float64")
-        both = [dataclasses.replace(settings, steps=n) for n in (steps, 2 * steps)]
-        coarse, fine = (np.abs(score(jnp.asarray(Z), s)[0] - EXACT).mean() for s in both)
+        both = [Method(solver, n, power=power) for n in (steps, 2 * steps)]
+        coarse, fine = (np.abs(score(jnp.asarray(Z), method)[0] - EXACT).mean() for method in both)
     assert abs(np.log2(coarse / fine) - order) < 0.35, (coarse, fine)
 
 
-def test_fixed_steps_are_finer_near_the_data():
-    settings = Settings(steps=4, power=2.0)
-    np.testing.assert_allclose(density.time_grid(settings, 0.0, 1.0), [0, 1 / 16, 1 / 4, 9 / 16, 1])
-    np.testing.assert_allclose(density.time_grid(settings, 1.0, 0.0), [1, 9 / 16, 1 / 4, 1 / 16, 0])
+@pytest.mark.parametrize("path", PATHS)
+def test_noise_is_carried_to_the_data(path):
+    """The flow of a Gaussian is affine: ``z_0 = A z_1 + b`` with ``A A^T`` its covariance and b its mean."""
+    with jax.enable_x64(True):
+        field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
+        corners = jnp.concatenate([jnp.zeros((1, 6)), jnp.eye(6)]).reshape(7, 3, 2)
+        ends = jit(jax.vmap(lambda z: density.transport(field, z, FINE, 1.0, 0.0).end))(corners).reshape(7, 6)
+        ends = np.asarray(ends)
+        gain = (ends[1:] - ends[0]).T
+        np.testing.assert_allclose(ends[0], MEAN, atol=1e-6)
+        np.testing.assert_allclose(gain @ gain.T, COVARIANCE, atol=1e-6)
 
 
 def test_forward_then_backward_returns_the_latent():
@@ -95,10 +104,10 @@ def test_hutchinson_is_unbiased_with_the_predicted_variance(probe, probes):
     """Var e'Ae is 2 |A|^2 for Gaussian e, and 2 (|A|^2 - sum a_ii^2) for Rademacher e (A symmetric)."""
     count = 4000
     gain = _mean_gain()
-    settings = Settings(solver="dopri5", steps=12, probe=probe, probes=probes)
     keys = jax.random.split(jax.random.key(3), count)
-    drawn = jax.vmap(lambda k: density.draw_probes(k, settings, (3, 2)))(keys)
-    found = np.asarray(score(jnp.broadcast_to(jnp.asarray(Z[0], jnp.float32), (count, 3, 2)), settings, drawn)[0])
+    drawn = jax.vmap(lambda k: density.draw_probes(k, (3, 2), probe, probes))(keys)
+    copies = jnp.broadcast_to(jnp.asarray(Z[0], jnp.float32), (count, 3, 2))
+    found = np.asarray(score(copies, Method(steps=12), drawn)[0])
     squares = np.square(gain).sum() - (np.square(np.diag(gain)).sum() if probe == "rademacher" else 0)
     variance = 2 * squares / probes
     assert abs(found.mean() - EXACT[0]) < 4 * np.sqrt(variance / count)
@@ -110,37 +119,37 @@ def test_fixed_positions_do_not_move_and_have_no_density():
     variance = np.array([0.2, 0.5, 1.5, 0.1, 0.3, 2.0])
     field = gaussian.velocity(jnp.asarray(MEAN), jnp.diag(jnp.asarray(variance)))
     free = jnp.array([True, False, True])
-    settings = Settings(rtol=1e-6, atol=1e-6)
+    method = Method(rtol=1e-6, atol=1e-6)
     z = jnp.asarray(Z[0], jnp.float32)
-    probes = density.draw_probes(jax.random.key(0), settings, (3, 2))  # exact where the Jacobian is diagonal
-    flow = jit(lambda z, e: density.transport(field, z, settings, free=free, probes=e))(z, probes)
+    probes = density.draw_probes(jax.random.key(0), (3, 2))  # exact where the Jacobian is diagonal
+    flow = jit(lambda z, e: density.transport(field, z, method, free=free, probes=e))(z, probes)
     kept = [0, 1, 4, 5]
     expected = gaussian.log_prob(Z[0].reshape(-1)[kept], MEAN[kept], np.diag(variance[kept]))
     np.testing.assert_array_equal(flow.end[1], z[1])
-    assert float(density.normal_log_prob(flow.end, free) + flow.change) == pytest.approx(expected, abs=1e-4)
+    assert float(density.log_prob(flow, free)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_each_sample_has_its_own_steps_and_failures():
     """A stiff sample fails alone; the others are what they are by themselves."""
-    settings = Settings(rtol=1e-4, atol=1e-4, divergence="exact", max_steps=40)
+    method = Method(rtol=1e-4, atol=1e-4, max_steps=40)
 
     def solve(z, rate):
-        return density.transport(lambda x, t: -rate * (x - jnp.cos(rate * t)), z, settings)
+        return density.transport(lambda x, t: -rate * (x - jnp.cos(rate * t)), z, method)
 
     z = jnp.ones((4, 1, 2))
     rates = [0.1, 5.0, 3000.0, 2.0]
     together = jit(jax.vmap(solve))(z, jnp.array(rates))
     np.testing.assert_array_equal(together.ok, [True, True, False, True])
     assert len(set(together.steps.tolist())) > 2
-    one = jit(solve)
+    solve_one = jit(solve)
     for index in (0, 1, 3):
-        alone = one(z[index], rates[index])
+        alone = solve_one(z[index], rates[index])
         assert alone.steps == together.steps[index]
         np.testing.assert_allclose(alone.end, together.end[index], rtol=1e-5)
         assert float(together.change[index]) == pytest.approx(-2 * rates[index], rel=1e-4)
 
 
 def test_a_velocity_that_is_not_finite_is_no_success():
-    settings = Settings(solver="heun", steps=4, divergence="exact")
-    flow = jit(lambda z: density.transport(lambda x, t: x / (t - t), z, settings))(jnp.ones((1, 2)))
+    method = Method("heun", steps=4)
+    flow = jit(lambda z: density.transport(lambda x, t: x / (t - t), z, method))(jnp.ones((1, 2)))
     assert not flow.ok

@@ -1,0 +1,132 @@
+"""Density under a flow: the augmented ODE of a continuous normalizing flow (3.8-3.11, 10.23-10.25).
+
+The flow runs from data (t = 0) to noise (t = 1): ``d/dt [z, l] = [v, div v]`` with ``l(0) = 0``, and
+``log p(z_0) = log N(z_1; 0, I) + l(1)``. The path on which v was learned does not enter: every path ends in N(0, I).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cola_jax.flow import solve
+from cola_jax.types import Key
+
+# Tangents that the exact divergence pushes through one block at a time.
+_TANGENTS = 64
+
+
+class Flow(NamedTuple):
+    """Where the ODE ends, or ends for each of many.
+
+    Attributes:
+      end: z at the last time.
+      change: the integral of the divergence, nats.
+      ok: False where the solver gave up (too many steps) or the result is not finite.
+      steps: solver steps, rejected ones included.
+    """
+
+    end: Float[Array, "*S K D"]
+    change: Float[Array, "*S"]
+    ok: Bool[Array, "*S"]
+    steps: Int[Array, "*S"]
+
+
+def divergence(push: Callable[[Array], Array], probes: Float[Array, "M K D"] | None, shape: tuple, dtype) -> Array:
+    """Trace of a Jacobian that is given by its products with tangents.
+
+    Args:
+      push: tangent [K, D] to ``J @ tangent``.
+      probes: of the Hutchinson estimator, the mean of ``e . J e`` (3.11); None: the exact trace.
+      shape: (K, D).
+      dtype: of the tangents.
+    """
+    if probes is not None:
+        return jnp.mean(jax.vmap(lambda e: jnp.sum(e * push(e)))(probes))
+    size = math.prod(shape)
+
+    def entry(i):
+        unit = jax.nn.one_hot(i, size, dtype=dtype).reshape(shape)
+        return jnp.sum(unit * push(unit))
+
+    return jnp.sum(jax.lax.map(entry, jnp.arange(size), batch_size=min(size, _TANGENTS)))
+
+
+def transport(
+    velocity: solve.Velocity,
+    z: Float[Array, "K D"],
+    method: solve.Method,
+    start: float = 0.0,
+    stop: float = 1.0,
+    free: Bool[Array, " K"] | None = None,
+    probes: Float[Array, "M K D"] | None = None,
+) -> Flow:
+    """Solves the augmented ODE for one block; `jax.vmap` over it keeps the step sizes of each.
+
+    Args:
+      velocity: ``(z [K, D], t []) -> [K, D]``.
+      z: state at ``start``.
+      method: solver, steps or tolerances.
+      start, stop: flow times; 0 to 1 carries data to noise, 1 to 0 noise to data.
+      free: positions that move; the others keep their value and have no density. None: all.
+      probes: for Hutchinson's divergence; None: the exact one.
+    """
+    moves = jnp.ones((z.shape[0], 1), bool) if free is None else free[:, None]
+    if probes is not None:
+        probes = jnp.where(moves[None], probes, 0.0)
+
+    def field(t, state, _):
+        value, push = jax.linearize(lambda x: jnp.where(moves, velocity(x, t), 0.0), state[0])
+        return value, divergence(push, probes, z.shape, z.dtype)
+
+    if method.steps:
+        grid = solve.Grid(method.shift, method.power, start, stop)
+        controller = diffrax.StepTo(grid.times(method.steps).astype(z.dtype))
+    else:
+        controller = diffrax.PIDController(rtol=method.rtol, atol=method.atol)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solve.SOLVERS[method.solver](),
+        t0=jnp.asarray(start, z.dtype),
+        t1=jnp.asarray(stop, z.dtype),
+        dt0=None,
+        y0=(z, jnp.zeros((), z.dtype)),
+        stepsize_controller=controller,
+        adjoint=diffrax.ForwardMode(),  # nothing is differentiated through the solve
+        max_steps=method.max_steps,
+        throw=False,
+    )
+    end, change = solution.ys[0][-1], solution.ys[1][-1]
+    ok = (solution.result == diffrax.RESULTS.successful) & jnp.isfinite(change) & jnp.all(jnp.isfinite(end))
+    return Flow(end, change, ok, solution.stats["num_steps"])
+
+
+def draw_probes(
+    key: Key, shape: tuple[int, int], kind: str = "rademacher", count: int = 1, dtype="float32"
+) -> Float[Array, "M K D"]:
+    """Probes of the Hutchinson estimator for one block; they stay the same through its solve (3.11).
+
+    Args:
+      key: of the block.
+      shape: (K, D).
+      kind: "rademacher" or "gaussian".
+      count: M.
+      dtype: of the state.
+    """
+    draw = jax.random.rademacher if kind == "rademacher" else jax.random.normal
+    return draw(key, (count, *shape), dtype=jnp.dtype(dtype))
+
+
+def normal_log_prob(z: Float[Array, "K D"], free: Bool[Array, " K"] | None = None) -> Float[Array, ""]:
+    """``log N(z; 0, I)`` over the free positions (None: all), nats."""
+    each = -0.5 * (jnp.square(z) + math.log(2 * math.pi))
+    return jnp.sum(each if free is None else jnp.where(free[:, None], each, 0.0))
+
+
+def log_prob(flow: Flow, free: Bool[Array, " K"] | None = None) -> Float[Array, ""]:
+    """``log p(z_0) = log N(z_1; 0, I) + l(1)`` of a flow from 0 to 1 (3.9-3.10), nats."""
+    return normal_log_prob(flow.end, free) + flow.change
