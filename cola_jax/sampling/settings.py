@@ -26,9 +26,7 @@ class Settings:
     """
 
     steps: int = setting(16, "steps of the solver in each block", at_least=1)
-    solver: str = setting(
-        "euler", "heun has two evaluations a step; the others are diffrax's", choices=tuple(solve.SOLVERS)
-    )
+    solver: str = setting("euler", "heun: two evaluations a step; the others: diffrax's", choices=tuple(solve.SOLVERS))
     time_shift: float = setting(
         1.0, "1: even steps; above: more of them near the noise, below: near the data (`flow.solve.Grid`)", above=0
     )

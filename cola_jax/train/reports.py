@@ -105,7 +105,7 @@ class Cost:
 def cost(config: Config, stages: Sequence[Stage], index: int, device_count: int) -> Cost:
     """The `Cost` of stage ``index`` of a run on ``device_count`` devices."""
     tokens = config.data.batch_size * config.data.sequence_length
-    before = sum(stage.steps * tokens * stage.flops_per_token for stage in stages[:index])
+    before = float(sum(stage.steps * tokens * stage.flops_per_token for stage in stages[:index]))
     peak = config.train.peak_flops or devices.peak_flops(jax.devices()[0].device_kind)
     return Cost(stages[index].flops_per_token, tokens, before, peak * device_count)
 

@@ -130,22 +130,22 @@ def test_loss_is_the_weighted_mean_over_the_batch():
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_guard_keeps_the_last_good_state(bad):
-    def terms(params, batch, keys, reference):
-        # 7 as the very first position marks the batch that fails.
-        poisoned = batch["positions"][0, 0] == 7
+    def terms(params, batch, keys, frozen):
+        # 7 as the very first segment marks the batch that fails.
+        poisoned = batch["segment_ids"][0, 0] == 7
         if bad == "loss":
             value = jnp.where(poisoned, jnp.inf, 0.0)
         else:  # the square root of 0 is 0, its slope is not finite
             weight = jnp.sum(params["params"]["dit"]["layers"]["kernel"] ** 2)
             value = jnp.sqrt(jnp.where(poisoned, 0.0, 1.0) * weight)
-        found = toy_model.stage2_terms(params, batch, keys, reference)
+        found = toy_model.stage2_terms(params, batch, keys, frozen)
         return found | {"poison": Term(jnp.full(8, value), jnp.ones(8), 1.0)}
 
     state, step, mesh, _ = build(2, terms=terms, optimizer=dataclasses.replace(OPTIMIZER, ema=0.9))
     state, _ = run(state, step, mesh, 2)
     good = jax.tree.map(np.array, state.replace(finite=None))
     data = toy_model.batch(2)
-    data["positions"][0, 0] = 7
+    data["segment_ids"][0, 0] = 7
     state, metrics = step(state, sharding.put_batch(mesh, data))
     assert metrics["finite"] == 0
     assert np.isfinite(float(metrics["loss"])) == (bad == "gradient")
@@ -160,10 +160,7 @@ def test_noise_follows_the_step_of_the_run():
     state, first = step(state, data)  # at a rate of 0: the parameters stay
     _, second = step(state, data)
     assert float(first["loss"]) != float(second["loss"])
-    transform = optimizers.create(OPTIMIZER, 20, 1, Stage2Config())
-    later = steps.make_train_step(
-        toy_model.stage1_terms, transform, OPTIMIZER, ("vae",), target, mesh, steps=20, seed=0, first_step=1
-    )
+    later = steps.make_train_step(stage_of(1), target, mesh, seed=0, first_step=1)
     _, offset = later(build(1)[0], data)
     assert float(offset["loss"]) == float(second["loss"])
 
@@ -184,12 +181,11 @@ def test_stage_two_starts_from_stage_one():
     first, step, mesh, _ = build(1)
     first, _ = run(first, step, mesh, 2)
     vae = first.params["params"]["vae"]
-    transform = optimizers.create(OPTIMIZER, 20, 2, Stage2Config(strategy="joint"))
-    make = states.make_init(toy_model.init, transform, ("dit", "vae"), reference=True)
+    make = states.make_init(toy_model.init, stage_of(2))
     target = states.abstract(make, mesh)
-    second = states.create(make, target, rng.key(0, "init"), vae)
+    second = states.create(make, target, rng.key(0, "init"), {"vae": vae})
     assert same_bits(second.params["params"]["vae"], vae)
-    assert same_bits(second.reference["params"]["vae"]["encoder"], vae["encoder"])
+    assert same_bits(second.frozen["reference"]["params"]["vae"]["encoder"], vae["encoder"])
     fresh = states.create(make, target, rng.key(0, "init"))
     assert not same_bits(fresh.params["params"]["vae"], vae)
     assert int(second.step) == 0
@@ -199,7 +195,7 @@ def test_evaluation_sums_over_batches():
     state, _, mesh, _ = build(1)
     evaluate = steps.make_eval_step(toy_model.stage1_terms, mesh, seed=0)
     batches = [toy_model.batch(i) for i in range(2)]
-    sums = [evaluate(state.params, None, sharding.put_batch(mesh, b), i) for i, b in enumerate(batches)]
+    sums = [evaluate(state.params, {}, sharding.put_batch(mesh, b), i) for i, b in enumerate(batches)]
     found = steps.summarize(sums)
     terms = [
         toy_model.stage1_terms(state.params, b, rng.key(0, "evaluate", i, sample=jnp.arange(8)))
@@ -221,16 +217,16 @@ def guarded(limit, factor=0.0):
     """A step whose loss is multiplied by the first token of the batch, and its state with a guard."""
     optimizer = dataclasses.replace(OPTIMIZER, max_skipped=limit, spike_factor=factor, ema=0.9)
     mesh = sharding.make_mesh(ONE)
-    transform, trained = optimizers.create(optimizer, 100, 1, None), ("vae",)
 
-    def terms(params, batch, keys, reference):
+    def terms(params, batch, keys, frozen):
         scale = batch["scale"][0, 0]
         found = toy_model.stage1_terms(params, batch, keys)
         return {name: term._replace(value=term.value * scale) for name, term in found.items()}
 
-    make = states.make_init(toy_model.init, transform, trained, groups=trained, ema=True, guard=True)
+    own = stage_of(1, optimizer=optimizer, terms=terms, total=100)
+    make = states.make_init(toy_model.init, own)
     target = states.abstract(make, mesh)
-    step = steps.make_train_step(terms, transform, optimizer, trained, target, mesh, steps=100, seed=0)
+    step = steps.make_train_step(own, target, mesh, seed=0)
 
     def advance(state, number, scale=1.0):
         batch = toy_model.batch(number) | {"scale": np.full((8, 1), scale, np.float32)}
