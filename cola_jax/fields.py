@@ -173,13 +173,14 @@ def check_value(entry: Entry, value, name: str) -> None:
     require(entry.rule.allows(value), name, value, none + entry.rule.words(isinstance(value, tuple)))
 
 
-def build(cls, values, path: str = ""):
+def build(cls, values, path: str = "", default=None):
     """The dataclass ``cls`` from a mapping, groups in groups; absent fields keep their defaults.
 
     Args:
       cls: with annotations that are types, tuples of types, dataclasses, or unions of types.
       values: the mapping, as JSON or a ConfigDict holds it: a list may stand for a tuple.
       path: of the group, for errors.
+      default: what absent fields are taken from; None: ``cls()``.
 
     Raises:
       UserError: an unknown field, or a value of another type.
@@ -191,13 +192,15 @@ def build(cls, values, path: str = ""):
         if name not in hints:
             field = f"{path}.{name}" if path else name
             raise UserError(f"config.{field}: no such field; the fields are {', '.join(hints)}")
-    return cls(**{k: _convert(v, hints[k], f"{path}.{k}" if path else k) for k, v in values.items()})
+    default = cls() if default is None else default
+    given = {k: _convert(v, hints[k], f"{path}.{k}" if path else k, getattr(default, k)) for k, v in values.items()}
+    return dataclasses.replace(default, **given)
 
 
-def _convert(value, kind, path: str):
+def _convert(value, kind, path: str, default):
     """``value`` as the annotated type ``kind``; raises UserError that names ``path``."""
     if dataclasses.is_dataclass(kind):
-        return build(kind, value, path)
+        return build(kind, value, path, default)
     if isinstance(value, list):
         value = tuple(value)
     fitting = next((each for each in _kinds(kind) if _fits(value, each)), None)

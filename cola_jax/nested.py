@@ -33,6 +33,13 @@ def leaves(value, path: str = "") -> dict:
     return {name: leaf for key, child in items for name, leaf in leaves(child, key).items()}
 
 
+def filled(value, default):
+    """A value with what it lacks from a default; where both are dicts their entries are filled, all else is whole."""
+    if not (isinstance(value, dict) and isinstance(default, dict)):
+        return value
+    return {**default, **{name: filled(child, default.get(name)) for name, child in value.items()}}
+
+
 def differences(before: dict, after: dict) -> list[Difference]:
     """The leaves in which two values differ, those of ``before`` first; empty if they are equal."""
     old, new = leaves(before), leaves(after)

@@ -7,7 +7,7 @@ import jax
 from cola_jax import release
 from cola_jax.nested import leaves
 from cola_jax.train import saved
-from cola_jax.types import PyTree, UserError
+from cola_jax.types import LazyArray, PyTree, UserError
 
 
 def load(init_from: str | Mapping[str, str], target: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -37,7 +37,7 @@ def load(init_from: str | Mapping[str, str], target: Mapping[str, PyTree]) -> di
 
 def _released(path: str, target: Mapping[str, PyTree]) -> dict[str, PyTree]:
     mesh = jax.tree.leaves(dict(target))[0].sharding.mesh
-    params = release.load(path, mesh=mesh)[1]["params"]
+    params = release.open_lazily(path, mesh=mesh)[1]["params"]
     for group, tree in target.items():
         if group not in params:
             raise UserError(f"{path}: holds no parameters {group!r}; it has {', '.join(params)}")
@@ -46,4 +46,8 @@ def _released(path: str, target: Mapping[str, PyTree]) -> dict[str, PyTree]:
             shapes = [list(arrays[name].shape) if name in arrays else None for arrays in (given, needed)]
             if shapes[0] != shapes[1]:
                 raise UserError(f"{path}: {group}/{name} is {shapes[0]}, this run needs {shapes[1]}")
-    return {group: params[group] for group in target}
+    return {group: jax.tree.map(_read, tree, params[group]) for group, tree in target.items()}
+
+
+def _read(target: jax.ShapeDtypeStruct, array: LazyArray) -> jax.Array:
+    return jax.device_put(array.read(), target.sharding)

@@ -67,7 +67,7 @@ def _check(saved: dict, now: dict, workdir: Path) -> None:
     if family != now["family"]:
         raise UserError(f"{workdir}: holds a run of family {family!r}, not {now['family']!r}; choose another --workdir")
     default = json.loads(json.dumps(families.default(family)))
-    before = {**nested.leaves(default), **nested.leaves(saved)}
+    before = nested.leaves(nested.filled(saved, default))
     changes = [
         difference
         for difference in nested.differences(before, nested.leaves(now))
