@@ -20,7 +20,7 @@ from cola_jax.models.cola import ColaDLM
 from cola_jax.sampling import cache as caches
 from cola_jax.sampling import choose, repaint, transport
 from cola_jax.sampling.conditioning import Layout
-from cola_jax.sampling.transport import Block, Plan, Precomputed
+from cola_jax.sampling.transport import NextBlock, Plan, Precomputed
 from cola_jax.types import Key, Params
 
 
@@ -97,12 +97,12 @@ def start(plan: Plan, params: Params, layout: Layout, keys: Key) -> State:
     )
 
 
-def _next_block(plan: Plan, state: State) -> Block:
+def _next_block(plan: Plan, state: State) -> NextBlock:
     block, width = plan.model.dit_config.block_size, state.data.shape[1]
     positions = (state.layout.first + state.block)[:, None] * block + jnp.arange(block)[None]
     inside = jnp.minimum(positions, width - 1)
     attended = jnp.pad(state.layout.attended, ((0, 0), (0, plan.blocks * block)), constant_values=True)
-    return Block(
+    return NextBlock(
         positions=positions,
         known=caches.rows_at(state.layout.known, inside) & (positions < width),
         data=caches.rows_at(state.data, inside),
@@ -118,7 +118,7 @@ def _streams(keys: Key) -> tuple[Key, Key]:
     return both[:, 0], both[:, 1]
 
 
-def _latents(plan: Plan, precomputed: Precomputed, block: Block, noise, cache, first: bool, estimates: bool):
+def _latents(plan: Plan, precomputed: Precomputed, block: NextBlock, noise, cache, first: bool, estimates: bool):
     """What the prior makes of a block's noise: (latents, cache, estimates at every step or None)."""
     settings = plan.settings
     noised = transport.noised(plan.path, block.data, noise, plan.times[0])

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from cola_jax import rng
 from cola_jax.flow import path, solve
 from cola_jax.sampling.cache import Cache
-from cola_jax.sampling.transport import Block, GuidedPrior, Plan, Precomputed, noised
+from cola_jax.sampling.transport import GuidedPrior, NextBlock, Plan, Precomputed, noised
 
 
-def repaint(plan: Plan, precomputed: Precomputed, block: Block, z, cache: Cache):
+def repaint(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cache):
     """As `transport.carry`, with known positions noised to the current time instead of pinned, in the early steps.
 
     Args:

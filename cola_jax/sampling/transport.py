@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         return PATHS[self.settings.path]
 
 
-class Block(NamedTuple):
+class NextBlock(NamedTuple):
     """The block that is generated next, of every sequence."""
 
     positions: Array  # [B, K]
@@ -71,7 +71,7 @@ class GuidedPrior(NamedTuple):
 
     plan: Plan
     precomputed: Precomputed
-    block: Block
+    block: NextBlock
     pinned: Array
 
     def _extend(self, cache: Cache, latents, time, positions, pinned, cache_mask, own_mask, guided: bool):
@@ -133,7 +133,7 @@ def noised(along: Path, data, noise, time):
     return path.interpolate(along, data, noise, jnp.full((1, 1, 1), time))[0]
 
 
-def carry(plan: Plan, precomputed: Precomputed, block: Block, z, cache: Cache, estimates: bool):
+def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cache, estimates: bool):
     """A block from noise ``z`` to latents: (latents, cache, estimates of the latents at every step or None)."""
     settings, guided = plan.settings, plan.guided
     prior = GuidedPrior(plan, precomputed, block, block.known)
