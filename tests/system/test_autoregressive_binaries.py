@@ -8,7 +8,7 @@ import pytest
 from test_binaries import REPORTS, call, rows, start
 
 pytestmark = pytest.mark.slow
-CONFIG = "--config=tests/system/tiny_ar.py"
+CONFIG, COLA = "--config=tests/system/tiny_ar.py", "--config=tests/system/tiny.py"
 
 
 @pytest.fixture(scope="module")
