@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from cola_jax import rng, runs, sharding
+from cola_jax import release, rng, runs, sharding
 from cola_jax.config import Config, EvaluationConfig, TrainConfig
 from cola_jax.data import corpora, packing, pipeline
 from cola_jax.data.stories import Stories
@@ -17,6 +17,7 @@ from cola_jax.evaluation.statistics import Proportion, per_token
 from cola_jax.families.interface import Family
 from cola_jax.likelihood.rows import stack
 from cola_jax.runs import Run
+from cola_jax.train import saved
 from cola_jax.train.experiment import data_seed
 from cola_jax.train.trainer import HeldOut
 from cola_jax.types import UserError
@@ -124,9 +125,14 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
     """The evaluators that are asked for, or those that suit a run's family and corpus and are quick.
 
     Raises:
-      UserError: one that does not exist, or that the family or the corpus cannot have.
+      UserError: one that does not exist, or that the family or the corpus cannot have; no checkpoint of the scorer.
     """
     on_stories = config.data.corpus == "stories"
+    if evaluation.scorer and not release.is_released(evaluation.scorer):
+        try:  # before anything expensive starts
+            saved.stage_directory(evaluation.scorer)
+        except UserError as error:
+            raise UserError(f"config.evaluation.scorer: {error}") from error
     if not evaluation.evaluators:
         suiting = {
             "reconstruction": family.reconstruct is not None,
