@@ -152,6 +152,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
+@pytest.mark.slow
 def test_every_flag_of_ours_is_in_the_help_of_its_binary(helps):
     for name, found in helps.items():
         assert name in found, name
@@ -159,6 +160,7 @@ def test_every_flag_of_ours_is_in_the_help_of_its_binary(helps):
     assert "--checkpoint:" in helps["sample.py"]["sample.py"] and "--config:" in helps["train.py"]["train.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "skip"),
     [
