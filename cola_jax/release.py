@@ -300,6 +300,19 @@ def new_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _described(part: str, model: cola.ColaDLM, shapes: PyTree, dtype, origin_of: dict) -> tuple:
+    """What a part will hold: (its leaves, what it came from, its tensors, its config file)."""
+    leaves = layout.leaves(part, shapes[_GROUPS[part]])
+    part_specs = _specs(part, leaves, model, dtype, origin_of)
+    config = options.released_config(
+        part,
+        model.vae_config if part == VAE else model.dit_config,
+        max(part_specs.values(), key=lambda spec: spec.nbytes).dtype.name,
+        origin_of.get("config"),
+    )
+    return leaves, origin_of, part_specs, config
+
+
 def save(
     path: str | os.PathLike,
     model: cola.ColaDLM,
@@ -337,17 +350,7 @@ def save(
     if max_shard_size < 1:
         raise UserError(f"max_shard_size = {max_shard_size}: must be at least 1 byte")
     kept, shapes = kept or {}, nn.unbox(abstract(model))
-    parts = {}
-    for part in PARTS:
-        leaves, origin_of = layout.leaves(part, shapes[_GROUPS[part]]), kept.get(part, {})
-        part_specs = _specs(part, leaves, model, dtype, origin_of)
-        config = options.released_config(
-            part,
-            model.vae_config if part == VAE else model.dit_config,
-            max(part_specs.values(), key=lambda spec: spec.nbytes).dtype.name,
-            origin_of.get("config"),
-        )
-        parts[part] = leaves, origin_of, part_specs, config
+    parts = {part: _described(part, model, shapes, dtype, kept.get(part, {})) for part in PARTS}
     needed = files.total_bytes(part_specs for _, _, part_specs, _ in parts.values())
     prepare_target(path, needed, overwrite)
     total, done = sum(spec.nbytes for _, _, part, _ in parts.values() for spec in part.values()), 0

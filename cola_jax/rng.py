@@ -34,8 +34,15 @@ def key(seed: int, stream: str, step=0, sample=None) -> Key:
     base = jax.random.fold_in(base, step)
     if sample is None:
         return base
-    sample = jnp.asarray(sample)
-    return jax.vmap(lambda s: jax.random.fold_in(base, s))(sample) if sample.ndim else jax.random.fold_in(base, sample)
+    return fold_in(base, sample)
+
+
+def fold_in(keys: Key, numbers) -> Key:
+    """Keys with numbers folded in, elementwise; shapes broadcast against each other."""
+    numbers = jnp.asarray(numbers)
+    shape = jnp.broadcast_shapes(keys.shape, numbers.shape)
+    pairs = (jnp.broadcast_to(x, shape).reshape(-1) for x in (keys, numbers))
+    return jax.vmap(jax.random.fold_in)(*pairs).reshape(shape)
 
 
 def split(keys: Key, num: int) -> tuple[Key, ...]:

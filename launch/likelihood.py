@@ -67,7 +67,11 @@ def main() -> None:
         first, found = likelihood.speed(cli.read_config(_CONFIG), settings, _COUNT.value)
         log(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")
     else:
-        found = measure(_LOAD(), settings, counts)
+        run = _LOAD()
+        if run.family.score_settings is not Settings:
+            other = "evaluate.py --evaluators=likelihood measures it"
+            raise UserError(f"--checkpoint: a run of family {run.family.name!r} has another likelihood; {other}")
+        found = measure(run, settings, counts)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 

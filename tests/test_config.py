@@ -188,7 +188,7 @@ INVALID = [
     ("train.milestone_steps", (5, 0), "each at least 1", {}),
     ("train.milestone_exaflops", (0.0,), "each above 0", {}),
     ("train.milestone_exaflops", (1.0, float("nan")), "a finite number", {}),
-    ("evaluation.count", 0, "at least 1", {}),
+    ("evaluation.count", -1, "at least 0", {}),
     ("sample.temperature", 1e9, "from 0 to 100", {}),
     ("sample.steps", 0, "at least 1", {}),
     ("sample.guidance_scale", -1.0, "at least 0", {}),

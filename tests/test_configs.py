@@ -4,37 +4,40 @@ import importlib
 import math
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from cola_jax import families, rng
-from cola_jax.models import cola
-from cola_jax.objectives import stage1, stage2
+from cola_jax.config import Config
+from cola_jax.models import autoregressive, cola
 
+KEY = jax.random.key(0)
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
 
 
-def load(name: str) -> families.cola.ColaConfig:
+def load(name: str) -> Config:
     return families.parse(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_passes_eval_shape(name):
     config = load(name)
-    vae = cola.with_vocabulary(config.vae, config.data.vocab_size)
-    model = cola.create(vae, config.dit, config.train.compute_dtype)
-    length = config.data.sequence_length
-    row = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    batch = {"tokens": row, "segment_ids": row, "positions": row}
-    key = jax.random.key(0)
-    params = jax.eval_shape(model.init, key, row)
+    family = families.of(config)
+    config = family.resolve(config, config.data.vocab_size)
+    model = family.model(config)
+    row = jax.ShapeDtypeStruct((2, config.data.sequence_length), jnp.int32)
+    params = nn.unbox(jax.eval_shape(family.init(model, config), jax.random.key(0)))
     keys = jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(2)))
-    first = jax.eval_shape(lambda p, b, k: stage1.terms(model, config.stage1, p, b, k), params, batch, keys)
-    second = jax.eval_shape(lambda p, b, k: stage2.terms(model, config.stage2, p, b, k, p), params, batch, keys)
-    for terms in (first, second):
-        for term in terms.values():
+    stages = family.stages(model, config)
+    assert {group for stage in stages for group in stage.groups} == set(params["params"])
+    for stage in stages:
+        frozen = dict.fromkeys(stage.frozen, params)
+        batch = {"tokens": row, "segment_ids": row}
+        for term in jax.eval_shape(stage.terms, params, batch, keys, frozen).values():
             assert term.value.shape == term.weight.shape == (2,) and term.value.dtype == jnp.float32
+        assert stage.flops_per_token > 0
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
@@ -45,3 +48,24 @@ def test_the_paper_s_config_has_the_paper_s_size():
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[part])) for part in ("vae", "dit")}
     assert sizes == {"vae": 501_871_574, "dit": 1_829_875_728}
+
+
+def test_the_paper_s_baseline_has_the_paper_s_size():
+    """Table 9: 1.8B in the layers and 410,738,688 in the embeddings."""
+    config = load("paper_2b_ar")
+    params = jax.eval_shape(families.autoregressive.make_init(families.autoregressive.make_model(config), config), KEY)
+    found = autoregressive.count_parameters(params)
+    assert (found.core, found.embeddings) == (1_811_939_328, 410_738_688)
+
+
+def count(name: str) -> int:
+    config = load(name)
+    family = families.of(config)
+    config = family.resolve(config, config.data.vocab_size)
+    shapes = nn.unbox(jax.eval_shape(family.init(family.model(config), config), KEY))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "paper_100m", "paper_500m", "paper_2b"])
+def test_baselines_have_as_many_parameters_as_cola(name):
+    assert count(f"{name}_ar") == pytest.approx(count(name), rel=0.05)

@@ -61,7 +61,8 @@ def config_violations(source: str) -> list[str]:
     return [
         name
         for name in imports(source)
-        if name.partition(".")[0] not in ("ml_collections", "configs") and not f"{name}.".startswith("cola_jax.families.")
+        if name.partition(".")[0] not in ("ml_collections", "configs")
+        and not f"{name}.".startswith("cola_jax.families.")
     ]
 
 
@@ -127,6 +128,8 @@ def test_the_check_of_configs_finds(source):
     assert config_violations(source)
 
 
-@pytest.mark.parametrize("source", ["from configs import base", "from cola_jax import families", "import ml_collections"])
+@pytest.mark.parametrize(
+    "source", ["from configs import base", "from cola_jax import families", "import ml_collections"]
+)
 def test_the_check_of_configs_allows(source):
     assert not config_violations(source)

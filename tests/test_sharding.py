@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from cola_jax import families, sharding
 from cola_jax.config import MESH_AXES, AxesConfig, TrainConfig
-from cola_jax.train import setup
 from cola_jax.train import state as states
 from cola_jax.types import UserError
 
@@ -177,8 +176,9 @@ def test_every_parameter_of_the_full_size_lies_where_it_should():
     """The golden file has the partition of each parameter and of its moments on data 2 x fsdp 4 x tensor 2."""
     config = families.parse(importlib.import_module("configs.paper_2b").get_config())
     mesh = AbstractMesh((2, 4, 2), MESH_AXES)
-    made = setup.model(config)
-    target = states.abstract(setup.stage(config, 2, made.init).make, mesh)
+    model = families.cola.make_model(config)
+    stage = families.cola.make_stages(model, config)[1]
+    target = states.abstract(states.make_init(families.cola.make_init(model, config), stage), mesh)
 
     def specs(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -19,11 +19,9 @@ with an ending and keeps the narrative order in between.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 import math
 import operator
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,55 +30,10 @@ import numpy as np
 
 from cola_jax.config import StoriesConfig
 from cola_jax.data import stories_templates as templates
+from cola_jax.data.stories_reading import Parse, Sentence, build_lookup, split_sentences
 from cola_jax.data.stories_templates import Categorical, Wording
 
 _SLOTS = tuple(templates.SLOTS)
-_SENTENCE = re.compile(r"[^.]*\.|[^.]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sentence:
-    """What one sentence of a parsed text says.
-
-    Attributes:
-      text: The sentence without surrounding white space.
-      valid: Whether the grammar can produce this sentence.
-      type: Sentence type, or None if not valid.
-      mentions: Slot to the values the sentence allows, for the slots it speaks of: one
-        value for a word such as a name, all values of a gender for a pronoun.
-    """
-
-    text: str
-    valid: bool
-    type: str | None
-    mentions: Mapping[str, frozenset[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parse:
-    """How the grammar explains a text.
-
-    Attributes:
-      sentences: One result per sentence, in the order of the text.
-      valid_fraction: Share of valid sentences, 0 to 1; 0 for a text without any.
-      candidates: Slot to the values that all valid sentences allow.
-      candidate_count: Number of factors those values form; 0 if they contradict.
-      factor: Slot to value for the slots that the text determines, or None if valid
-        sentences contradict each other.
-      log_prob: log p*(text) in nats, -inf outside the support.
-    """
-
-    sentences: tuple[Sentence, ...]
-    valid_fraction: float
-    candidates: Mapping[str, frozenset[str]]
-    candidate_count: int
-    factor: Mapping[str, str] | None
-    log_prob: float
-
-    @property
-    def coherent(self) -> bool:
-        """Whether the text is a whole story that one factor explains."""
-        return self.log_prob > -math.inf
 
 
 class _Match(NamedTuple):
@@ -98,12 +51,6 @@ class _Reading(NamedTuple):
     matches: list[_Match | None]
     masks: list[int]
     local: float
-
-
-def split_sentences(text: str) -> list[str]:
-    """Splits a text behind every full stop; drops white space around the parts."""
-    parts = (part.strip() for part in _SENTENCE.findall(text))
-    return [part for part in parts if part]
 
 
 class Stories:
@@ -153,7 +100,7 @@ class Stories:
         # A structure, then a wording and its local choices for each sentence.
         widest = max(len(w.choices) for w in self._all_wordings)
         self._draws = 1 + config.max_sentences * (1 + widest)
-        self._lookup = templates.build_lookup(self._all_wordings)
+        self._lookup = build_lookup(self._all_wordings)
 
     def _indices(self, factor: Mapping[str, str]) -> list[int]:
         if set(factor) != set(_SLOTS):

@@ -389,15 +389,3 @@ def check_unambiguous(wordings: Sequence[Wording]) -> None:
         if same_length and not any(set(a.words).isdisjoint(b.words) for a, b in pairs):
             words = " ".join(p.words[0] for p in one.positions)
             raise ValueError(f"{two.type}: a wording overlaps with {words!r}")
-
-
-def build_lookup(wordings: Sequence[Wording]) -> dict[int, list[dict[str, int]]]:
-    """Returns word count -> per position, word -> bit set of the possible wordings."""
-    lookup: dict[int, list[dict[str, int]]] = {}
-    for index, wording in enumerate(wordings):
-        size = len(wording.positions)
-        tables = lookup.setdefault(size, [{} for _ in range(size)])
-        for table, position in zip(tables, wording.positions, strict=True):
-            for word in position.words:
-                table[word] = table.get(word, 0) | 1 << index
-    return lookup

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax import families, rng, sharding
+from cola_jax.config import Config
 from cola_jax.train import state, step
 from cola_jax.types import Params
 

@@ -16,7 +16,7 @@ from cola_jax.models.cola import ColaDLM
 from cola_jax.types import Key, Params, UserError
 
 
-class Blocks(NamedTuple):
+class BlockTerms(NamedTuple):
     """Terms of each block [B, G], means over samples, nats; 0 for blocks of padding or of a prefix."""
 
     reconstruction: np.ndarray
@@ -55,7 +55,7 @@ class Likelihood(NamedTuple):
     reconstruction: np.ndarray
     prior: np.ndarray
     posterior: np.ndarray
-    blocks: Blocks
+    blocks: BlockTerms
     log_weights: np.ndarray
     tokens: np.ndarray
     failed: np.ndarray
@@ -140,14 +140,14 @@ def log_likelihood(
     for samples in sample_chunks(settings, count):
         terms = jax.device_get(weights.terms(model, params, rows, settings, posterior, key, jnp.asarray(samples)))
         new = samples < settings.samples
-        blocks = Blocks(*[x[:, new].astype(np.float64) for x in terms[:3]])
+        blocks = BlockTerms(*[x[:, new].astype(np.float64) for x in terms[:3]])
         parts.append([blocks.elbo.sum(axis=-1), terms.ok[:, new], terms.steps[:, new]])
         sums = [x.sum(axis=1) for x in blocks]
         means = sums if means is None else [a + b for a, b in zip(means, sums, strict=True)]
         if report is not None:
             report(min(int(samples[-1]) + 1, settings.samples), settings.samples)
     log_w, ok, steps = (np.concatenate(part, axis=1)[:count] for part in zip(*parts, strict=True))
-    blocks = Blocks(*[m[:count] / settings.samples for m in means])
+    blocks = BlockTerms(*[m[:count] / settings.samples for m in means])
     return _likelihood(log_w, ok, steps, blocks, scored)
 
 
@@ -158,10 +158,10 @@ def _share_out(rows: Rows, mesh) -> Rows:
     return Rows(**sharding.put_batch(mesh, filled))
 
 
-def _likelihood(log_w, ok, steps, blocks: Blocks, tokens) -> Likelihood:
+def _likelihood(log_w, ok, steps, blocks: BlockTerms, tokens) -> Likelihood:
     failed = (~ok).sum(axis=1)
     log_w = np.where((failed > 0)[:, None], math.nan, log_w)
-    blocks = Blocks(*[np.where((failed > 0)[:, None], math.nan, part) for part in blocks])
+    blocks = BlockTerms(*[np.where((failed > 0)[:, None], math.nan, part) for part in blocks])
     iwae, iwae_error = log_mean_exp(log_w)
     return Likelihood(
         elbo=log_w.mean(axis=1),

@@ -190,7 +190,7 @@ class Scorer:
             self.model, self.params, tokens, self.settings, self.key, segments, given, ids, self.mesh
         )
         # Batches of different widths are put together later: only what does not depend on the width is kept.
-        nothing = estimators.Blocks(*[np.zeros((len(rows), 0))] * 3)
+        nothing = estimators.BlockTerms(*[np.zeros((len(rows), 0))] * 3)
         return estimators.take(found, range(len(rows)))._replace(blocks=nothing)
 
 

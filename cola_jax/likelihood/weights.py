@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cola_jax import rng
 from cola_jax.likelihood import density
 from cola_jax.likelihood.rows import Rows
 from cola_jax.likelihood.settings import Settings
@@ -29,16 +30,9 @@ class Terms(NamedTuple):
     steps: Int[Array, "B S"]  # of the slowest block's solver
 
 
-def _fold(keys: Key, count: int) -> Key:
-    """Keys [..., count] from keys [...]."""
-    flat = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(count)))(keys.reshape(-1))
-    return flat.reshape(*keys.shape, count)
-
-
 def sample_keys(key: Key, ids: Int[Array, " B"], samples: Int[Array, " S"]) -> Key:
     """A key for each row and sample [B, S]: what is drawn depends on (key, row's id, sample) alone."""
-    rows = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    return jax.vmap(lambda k: jax.vmap(lambda s: jax.random.fold_in(k, s))(samples))(rows)
+    return rng.fold_in(rng.fold_in(key, ids)[:, None], samples[None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,7 +59,8 @@ def terms(
     size, patch = model.dit_config.block_size, model.vae_config.patch_size
     batch, length, channels = posterior.mean.shape
     blocks, count = length // size, samples.shape[0]
-    keys = _fold(sample_keys(key, rows.ids, samples), blocks).reshape(batch * count, blocks)
+    keys = rng.fold_in(sample_keys(key, rows.ids, samples)[..., None], jnp.arange(blocks)[None, None])
+    keys = keys.reshape(batch * count, blocks)
     pairs = jax.vmap(jax.vmap(jax.random.split))(keys)  # for the latents, for the probes
 
     def spread(x):  # one row for each of its samples

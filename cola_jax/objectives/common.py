@@ -83,21 +83,6 @@ def negative_entropy(posterior: Posterior) -> Float[Array, "B N"]:
     return -0.5 * jnp.sum(posterior.logvar + jnp.log(2 * jnp.pi) + 1.0, axis=-1)
 
 
-def masked_token_term(model, params, batch: dict, keys: Key, mask_ratio: float, coefficient: float) -> Term:
-    """``L_mask`` (3.16): a share of the input tokens is the mask token; cross-entropy on those only.
-
-    The masked sequence is encoded and decoded through a sample of its posterior.
-    """
-    choose_keys, draw_keys = rng.split(keys, 2)
-    tokens, real = batch["tokens"], batch["segment_ids"] > 0
-    segments = latent_segments(batch, model.vae_config.patch_size)
-    chosen = (rng.uniform(choose_keys, tokens.shape[1:]) < mask_ratio) & real
-    masked = jnp.where(chosen | ~real, model.vae_config.vocab_size, tokens)
-    z = draw(model.apply(params, masked, segments, method="encode"), draw_keys)
-    scores = token_scores(model, params, model.normalize(z), tokens, segments)
-    return per_example(scores.cross_entropy, chosen.astype(jnp.float32), coefficient)
-
-
 def posterior_statistics(posterior: Posterior, mask: Float[Array, "B N"]) -> dict[str, Term]:
     """Signal and noise power of the latents, whose log-ratio is the VAE's logSNR (16.2)."""
     return {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cola_jax import rng
 from cola_jax.fields import setting
 from cola_jax.flow import path
-from cola_jax.objectives import common
+from cola_jax.objectives import common, masked_tokens
 from cola_jax.types import Key, Params, Term
 
 
@@ -59,7 +59,7 @@ def terms(model, stage: Stage1Config, params: Params, batch: dict, keys: Key) ->
         **common.posterior_statistics(posterior, latents),
     }
     if stage.mask_weight:
-        out["mask"] = common.masked_token_term(model, params, batch, mask_keys, stage.mask_ratio, stage.mask_weight)
+        out["mask"] = masked_tokens.term(model, params, batch, mask_keys, stage.mask_ratio, stage.mask_weight)
     return out
 
 

@@ -11,7 +11,7 @@ from cola_jax import rng
 from cola_jax.fields import require, setting
 from cola_jax.flow import schedule
 from cola_jax.flow.path import PATHS, interpolate
-from cola_jax.objectives import common
+from cola_jax.objectives import common, masked_tokens
 from cola_jax.types import Key, Params, Term
 
 
@@ -111,7 +111,7 @@ def _vae_terms(model, stage, params, batch, z, posterior, segments, mask_keys, r
     }
     if stage.mask_weight:
         weight = stage.vae_weight * stage.mask_weight
-        out["mask"] = common.masked_token_term(model, params, batch, mask_keys, stage.mask_ratio, weight)
+        out["mask"] = masked_tokens.term(model, params, batch, mask_keys, stage.mask_ratio, weight)
     if reference is not None:
         inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
         anchor = jax.lax.stop_gradient(model.apply(reference, inputs, segments, method="encode"))

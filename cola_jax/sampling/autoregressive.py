@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from cola_jax import sampling, sharding
+from cola_jax import rng, sampling, sharding
 from cola_jax.fields import check, like, setting
 from cola_jax.models.autoregressive import Autoregressive
-from cola_jax.sampling import choose, transport
+from cola_jax.sampling import cache as caches
+from cola_jax.sampling import choose
 from cola_jax.types import Key, Params, UserError
 
 Ids = Sequence[int]
@@ -102,10 +103,9 @@ def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
     real = (jnp.arange(width)[None] < prompts.lengths[:, None]).astype(jnp.int32)
     cache = plan.model.apply(params, prompts.tokens, real, method="prefill")
     last = jnp.take_along_axis(prompts.tokens, jnp.maximum(prompts.lengths - 1, 0)[:, None], axis=1)[:, 0]
-    grow = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
     return State(
         keys=keys,
-        cache=transport.constrain_cache(jax.tree.map(grow, cache)),
+        cache=caches.grow(cache, room),
         position=prompts.lengths,
         before=jnp.where(prompts.lengths > 0, last, vocabulary),
         tokens=jnp.zeros((batch, room), jnp.int32),
@@ -123,7 +123,7 @@ def _advance(plan: Plan, params: Params, state: State) -> State:
         params, state.before[:, None], state.position[:, None], state.cache, earlier, method="extend"
     )
     logits = choose.penalize_repetition(logits, state.seen, settings.repetition_penalty)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
+    keys = rng.fold_in(state.keys, state.position)
     token = choose.choose(logits, keys, settings.temperature, settings.top_k, settings.top_p)[:, 0]
     going = ~state.done
     count = state.count + going
@@ -134,7 +134,7 @@ def _advance(plan: Plan, params: Params, state: State) -> State:
     place = jnp.where(going, state.count, settings.max_new_tokens)
     return State(
         keys=state.keys,
-        cache=transport.constrain_cache(transport.write(state.cache, kv, state.position)),
+        cache=caches.commit(state.cache, kv, state.position),
         position=state.position + going,
         before=jnp.where(going, token, state.before),
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
@@ -202,7 +202,7 @@ def _keys(key: Key | None, settings: Settings, count: int, sample_ids) -> Key:
             raise UserError(f"sampling key = None: must be a key where temperature = {settings.temperature}")
         key = jax.random.key(0)
     ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    return rng.fold_in(key, ids)
 
 
 def generate(

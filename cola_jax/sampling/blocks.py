@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cola_jax import rng
 from cola_jax.flow import solve
 from cola_jax.models import dit
 from cola_jax.models.cola import ColaDLM
-from cola_jax.sampling import choose, transport
+from cola_jax.sampling import cache as caches
+from cola_jax.sampling import choose, repaint, transport
 from cola_jax.sampling.conditioning import Layout
-from cola_jax.sampling.transport import Block, Plan, Precomputed
+from cola_jax.sampling.transport import NextBlock, Plan, Precomputed
 from cola_jax.types import Key, Params
 
 
@@ -79,16 +81,15 @@ def start(plan: Plan, params: Params, layout: Layout, keys: Key) -> State:
     data = model.normalize(posterior.mean)
     prior, decoder = model.apply(params, data, layout.visible.astype(jnp.int32), method="prefill")
     room = plan.blocks * block
-    grow = functools.partial(jax.tree.map, lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, room), (0, 0), (0, 0)]))
     before = (layout.first[:, None] - 1) * block + jnp.arange(block)[None]
     return State(
         layout=layout,
         data=data,
         keys=keys,
         block=jnp.zeros(batch, jnp.int32),
-        previous=transport.rows_at(data, jnp.clip(before, 0, data.shape[1] - 1)),
-        prior=transport.constrain_cache(grow(prior)),
-        decoder=transport.constrain_cache(grow(decoder)),
+        previous=caches.rows_at(data, jnp.clip(before, 0, data.shape[1] - 1)),
+        prior=caches.grow(prior, room),
+        decoder=caches.grow(decoder, room),
         tokens=jnp.zeros((batch, plan.blocks, block * model.vae_config.patch_size), jnp.int32),
         latents=jnp.zeros((batch, plan.blocks, block, config.latent_dim)),
         seen=jnp.zeros((batch, model.vae_config.vocab_size), bool),
@@ -96,18 +97,18 @@ def start(plan: Plan, params: Params, layout: Layout, keys: Key) -> State:
     )
 
 
-def _next_block(plan: Plan, state: State) -> Block:
+def _next_block(plan: Plan, state: State) -> NextBlock:
     block, width = plan.model.dit_config.block_size, state.data.shape[1]
     positions = (state.layout.first + state.block)[:, None] * block + jnp.arange(block)[None]
     inside = jnp.minimum(positions, width - 1)
     attended = jnp.pad(state.layout.attended, ((0, 0), (0, plan.blocks * block)), constant_values=True)
-    return Block(
+    return NextBlock(
         positions=positions,
-        known=transport.rows_at(state.layout.known, inside) & (positions < width),
-        data=transport.rows_at(state.data, inside),
+        known=caches.rows_at(state.layout.known, inside) & (positions < width),
+        data=caches.rows_at(state.data, inside),
         previous=state.previous,
         cache_mask=attended & (jnp.arange(attended.shape[1])[None] < positions[:, :1]),
-        keys=jax.vmap(jax.random.fold_in)(state.keys, state.block),
+        keys=rng.fold_in(state.keys, state.block),
     )
 
 
@@ -117,12 +118,12 @@ def _streams(keys: Key) -> tuple[Key, Key]:
     return both[:, 0], both[:, 1]
 
 
-def _latents(plan: Plan, precomputed: Precomputed, block: Block, noise, cache, first: bool, estimates: bool):
+def _latents(plan: Plan, precomputed: Precomputed, block: NextBlock, noise, cache, first: bool, estimates: bool):
     """What the prior makes of a block's noise: (latents, cache, estimates at every step or None)."""
     settings = plan.settings
     noised = transport.noised(plan.path, block.data, noise, plan.times[0])
     if settings.prior == "flow" and first and settings.conditioning == "repaint":
-        return *transport.repaint(plan, precomputed, block, noised, cache), None
+        return *repaint.repaint(plan, precomputed, block, noised, cache), None
     z = jnp.where(block.known[..., None], block.data, noised)
     if settings.prior == "flow":
         return transport.carry(plan, precomputed, block, z, cache, estimates)
@@ -149,7 +150,7 @@ def advance(
     block = _next_block(plan, state)
     noise_keys, token_keys = _streams(block.keys)
     if noise is None:
-        z = transport.normal(noise_keys, state.previous.shape[1:])
+        z = rng.normal(noise_keys, state.previous.shape[1:])
     else:
         z = noise[rows, jnp.minimum(state.block, noise.shape[1] - 1)]
     z, cache, guesses = _latents(plan, precomputed, block, z, state.prior, first, estimates)
@@ -180,7 +181,7 @@ def advance(
         block=state.block + ~state.done,
         previous=keep(z, state.previous),
         prior=cache,
-        decoder=transport.constrain_cache(transport.write(state.decoder, kv, block.positions[:, 0])),
+        decoder=caches.commit(state.decoder, kv, block.positions[:, 0]),
         tokens=keep(state.tokens.at[rows, at].set(tokens), state.tokens),
         latents=keep(state.latents.at[rows, at].set(z), state.latents),
         seen=keep(state.seen.at[rows[:, None], tokens].max(new), state.seen),

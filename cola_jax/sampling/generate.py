@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from cola_jax import sharding
+from cola_jax import rng, sharding
 from cola_jax.models.cola import ColaDLM
 from cola_jax.sampling import blocks, conditioning
 from cola_jax.sampling.blocks import Generation, Plan
@@ -45,7 +45,7 @@ def _keys(key: Key | None, settings: Settings, count: int, sample_ids, noise) ->
             raise UserError("sampling key = None: only with explicit noise, temperature 0 and no repainting")
         key = jax.random.key(0)
     ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    return rng.fold_in(key, ids)
 
 
 def _block_count(model: ColaDLM, settings: Settings, new_tokens: int) -> int:

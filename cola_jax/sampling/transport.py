@@ -1,23 +1,23 @@
 """A block from noise to latents: the guided flow against a cache of what was before (3.19-3.21, SPEC 5)."""
 
-import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cola_jax import sharding
 from cola_jax.flow import guidance, path, solve
 from cola_jax.flow.path import PATHS, Path
 from cola_jax.models.cola import ColaDLM
 from cola_jax.nn import visibility
 from cola_jax.nn.modulation import ModulationTables
 from cola_jax.nn.visibility import BlockPlan
+from cola_jax.sampling import cache as caches
+from cola_jax.sampling.cache import Cache
 from cola_jax.sampling.settings import Settings
-from cola_jax.types import Key, Params
+from cola_jax.types import Params
 
 
 class Precomputed(NamedTuple):
@@ -50,33 +50,7 @@ class Plan(NamedTuple):
         return PATHS[self.settings.path]
 
 
-def rows_at(x: Array, index: Array) -> Array:
-    """x[b, index[b]] for every sequence."""
-    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0))(x, index)
-
-
-def write(cache, new, start: Array):
-    """``new`` [..., B, n, H, C] into ``cache`` [..., B, S, H, C] at each sequence's own ``start`` [B]."""
-
-    def leaf(c, n):
-        axis = c.ndim - 4
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-        return jax.vmap(lambda c, n, s: update(c, n, s), in_axes=(axis, axis, 0), out_axes=axis)(c, n, start)
-
-    return jax.tree.map(leaf, cache, new)
-
-
-def constrain_cache(cache):
-    """Heads over the mesh axis "tensor", sequences over the others."""
-    names = (None, "batch", "length", "heads", "kv")
-    return jax.tree.map(lambda x: sharding.constrain(x, *names[-x.ndim :]), cache)
-
-
-# Keys and values of the history: what `BlockCausalDiT.prefill` makes.
-Cache = Any
-
-
-class Block(NamedTuple):
+class NextBlock(NamedTuple):
     """The block that is generated next, of every sequence."""
 
     positions: Array  # [B, K]
@@ -97,7 +71,7 @@ class GuidedPrior(NamedTuple):
 
     plan: Plan
     precomputed: Precomputed
-    block: Block
+    block: NextBlock
     pinned: Array
 
     def _extend(self, cache: Cache, latents, time, positions, pinned, cache_mask, own_mask, guided: bool):
@@ -145,18 +119,13 @@ class GuidedPrior(NamedTuple):
         time = jnp.asarray(self.plan.times)[0] if self.precomputed.modulations is None else jnp.int32(0)
         v, kv = self._extend(cache, latents, time, positions, pinned, earlier, own, guided)
         new = jax.tree.map(lambda x: x[..., :size, :, :], kv)
-        cache = constrain_cache(write(cache, new, positions[:, 0]))
+        cache = caches.commit(cache, new, positions[:, 0])
         return cache, (None if z is None else jnp.where(self.pinned[..., None], 0.0, v))
 
 
 def _shifted(mask, positions):
     """mask[b, positions[b]], False at negative positions."""
-    return rows_at(mask, jnp.maximum(positions, 0)) & (positions >= 0)
-
-
-def normal(keys: Key, shape) -> Array:
-    """Standard normal draws [B, *shape], one of each key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return caches.rows_at(mask, jnp.maximum(positions, 0)) & (positions >= 0)
 
 
 def noised(along: Path, data, noise, time):
@@ -164,7 +133,7 @@ def noised(along: Path, data, noise, time):
     return path.interpolate(along, data, noise, jnp.full((1, 1, 1), time))[0]
 
 
-def carry(plan: Plan, precomputed: Precomputed, block: Block, z, cache: Cache, estimates: bool):
+def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cache, estimates: bool):
     """A block from noise ``z`` to latents: (latents, cache, estimates of the latents at every step or None)."""
     settings, guided = plan.settings, plan.guided
     prior = GuidedPrior(plan, precomputed, block, block.known)
@@ -204,41 +173,3 @@ def _field(prior: GuidedPrior, cache: Cache) -> solve.Velocity:
         return jnp.where(guidance.acts(t, interval), v, prior.velocity(cache, z, t, False))
 
     return velocity
-
-
-def repaint(plan: Plan, precomputed: Precomputed, block: Block, z, cache: Cache):
-    """As `carry`, with known positions noised to the current time instead of pinned, in the early steps.
-
-    Args:
-      plan, precomputed, block, cache: see there.
-      z: the block at the first time, in its known positions too: without early steps they stay what the flow makes.
-    """
-    settings = plan.settings
-    prior = GuidedPrior(plan, precomputed, block, jnp.zeros_like(block.known))
-    cache, _ = prior.commit(cache)
-    early = round(settings.repaint_fraction * settings.steps)
-    steps = [(i, cycle) for i in range(settings.steps) for cycle in range(settings.repaint_cycles if i < early else 1)]
-    times, known, guided = jnp.asarray(plan.times), block.known[..., None], jnp.array(plan.guided)
-
-    def velocity(z, index, step):
-        v = prior.velocity(cache, z, index, any(plan.guided))
-        if len(set(plan.guided)) == 1:
-            return v
-        return jnp.where(guided[step], v, prior.velocity(cache, z, index, False))
-
-    def denoise_and_renoise(z, values):
-        index, cycle, count = values
-        now, later = times[index], times[index + 1]
-        keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, count)))(block.keys)
-        at_now = noised(plan.path, block.data, normal(keys[:, 0], z.shape[1:]), now)
-        z = jnp.where(known & (index < early), at_now, z)
-        v = velocity(z, index, index)
-        z = solve.step(settings.solver, lambda z, _: velocity(z, index + 1, index), z, now, later, v)
-        ratio, spread = path.renoise(plan.path, now, later)
-        back = ratio * z + spread * normal(keys[:, 1], z.shape[1:])
-        again = (index < early) & (cycle < settings.repaint_cycles - 1)
-        return jnp.where(again, back, z), None
-
-    columns = [jnp.array(column, jnp.int32) for column in zip(*steps, strict=True)]
-    z, _ = jax.lax.scan(denoise_and_renoise, z, (*columns, jnp.arange(len(steps))))
-    return (jnp.where(known, block.data, z) if early == settings.steps else z), cache

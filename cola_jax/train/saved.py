@@ -129,7 +129,7 @@ def _check_groups(place: Path, body: dict, wanted: Mapping[str, jax.ShapeDtypeSt
     """Raises UserError unless a step holds the wanted groups in the wanted shapes."""
     given = {name: shape for name, (shape, _) in body["arrays"]["params"].items()}
     there = sorted({name.partition("/")[0] for name in given})
-    for group in {name.partition("/")[0] for name in wanted}:
+    for group in sorted({name.partition("/")[0] for name in wanted}):
         if group not in there:
             raise UserError(f"checkpoint {place}: holds no parameters {group!r}; it has {', '.join(there)}")
         names = {name for name in (*given, *wanted) if name.partition("/")[0] == group}

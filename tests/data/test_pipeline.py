@@ -15,10 +15,15 @@ import pytest
 
 from cola_jax.config import DataConfig, StoriesConfig
 from cola_jax.data import corpora, packing, pipeline, tokenizers
+from cola_jax.nested import differences
 from cola_jax.types import UserError
 
 TOKENIZER = tokenizers.ByteTokenizer()
-NAMES = ("tokens", "segment_ids", "positions")
+NAMES = ("tokens", "segment_ids")
+
+
+def difference(before: dict, after: dict) -> list[str]:
+    return [str(each) for each in differences(before, after)]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,7 @@ def test_grains_own_check_of_states(text_config, mode):
 _NEW_PROCESS = """
 import json, sys
 from cola_jax.config import DataConfig, StoriesConfig
+from cola_jax.nested import differences
 from cola_jax.data import pipeline, tokenizers
 fields, state, path = json.loads(sys.argv[1])
 fields["stories"] = StoriesConfig(**fields["stories"])
@@ -159,7 +165,7 @@ def test_a_new_process_goes_on_exactly(tmp_path):
     assert result.returncode == 0, result.stderr
     tokens, fingerprint = json.loads(result.stdout)
     assert tokens == [batch["tokens"].tolist() for batch in _take(iterator, 3)]
-    assert pipeline.difference(fingerprint, pipeline.fingerprint(config, tokenizer, 3)) == []
+    assert difference(fingerprint, pipeline.fingerprint(config, tokenizer, 3)) == []
 
 
 def test_aligned_stories_have_a_sentence_in_each_block(tmp_path):
@@ -205,11 +211,11 @@ def test_fingerprints_are_json_and_equal_for_equal_data(text_config, tmp_path):
     shutil.copy(text_config.files, copy)
     first = pipeline.fingerprint(text_config, TOKENIZER, 0)
     second = pipeline.fingerprint(dataclasses.replace(text_config, files=str(copy)), TOKENIZER, 0)
-    assert pipeline.difference(json.loads(json.dumps(first)), second) == []
+    assert difference(json.loads(json.dumps(first)), second) == []
     copy.write_bytes(copy.read_bytes()[::-1])
     third = pipeline.fingerprint(dataclasses.replace(text_config, files=str(copy)), TOKENIZER, 0)
-    (line,) = pipeline.difference(first, third)
-    assert line.startswith("files[0]: corpus.txt, ") and " -> corpus.txt, " in line
+    (line,) = difference(first, third)
+    assert line.startswith("files[0]: 'corpus.txt, ") and " -> 'corpus.txt, " in line
 
 
 @pytest.mark.parametrize(
@@ -229,24 +235,24 @@ def test_fingerprints_name_what_changed(changes):
     config = DataConfig(num_stories=20)
     ((name, value),) = changes.items()
     changed = dataclasses.replace(config, **changes)
-    lines = pipeline.difference(pipeline.fingerprint(config, TOKENIZER, 0), pipeline.fingerprint(changed, TOKENIZER, 0))
-    assert f"{name}: {getattr(config, name)} -> {value}" in lines
+    lines = difference(pipeline.fingerprint(config, TOKENIZER, 0), pipeline.fingerprint(changed, TOKENIZER, 0))
+    assert f"{name}: {getattr(config, name)!r} -> {value!r}" in lines
 
 
 def test_fingerprints_see_seed_stories_and_tokenizer():
     config = DataConfig(num_stories=20)
     base = pipeline.fingerprint(config, TOKENIZER, 0)
-    assert "seed: 0 -> 1" in pipeline.difference(base, pipeline.fingerprint(config, TOKENIZER, 1))
+    assert "seed: 0 -> 1" in difference(base, pipeline.fingerprint(config, TOKENIZER, 1))
     harder = dataclasses.replace(config, stories=StoriesConfig(values=3))
-    lines = pipeline.difference(base, pipeline.fingerprint(harder, TOKENIZER, 0))
+    lines = difference(base, pipeline.fingerprint(harder, TOKENIZER, 0))
     assert "stories.values: 0 -> 3" in lines and any(line.startswith("stories_sha256: ") for line in lines)
     trained = tokenizers.SentencePieceTokenizer.train(["some text, some more text."], 300)
-    (line,) = pipeline.difference(base, pipeline.fingerprint(config, trained, 0))
-    assert line == f"tokenizer: bytes {TOKENIZER.fingerprint} -> sentencepiece {trained.fingerprint}"
+    (line,) = difference(base, pipeline.fingerprint(config, trained, 0))
+    assert line == f"tokenizer: 'bytes {TOKENIZER.fingerprint}' -> 'sentencepiece {trained.fingerprint}'"
 
 
 def test_differences_of_fields_that_one_side_lacks():
-    assert pipeline.difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1]}, "d": 0}) == [
+    assert difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1]}, "d": 0}) == [
         "b.c[1]: 2 -> absent",
         "d: absent -> 0",
     ]

@@ -12,11 +12,17 @@ from cola_jax.models.dit import DiTConfig
 def test_flops_of_a_new_token():
     """8 layers of 512, 16 steps, guidance: 33 passes by 25.2 million weights."""
     dit = DiTConfig(dim=512, num_heads=8, head_dim=64, num_layers=8)
-    assert benchmark.prior_flops(dit, sampling.Settings(), 1) == 2 * 33 * 8 * 12 * 512**2
-    assert benchmark.prior_flops(dit, sampling.Settings(guidance_scale=1.0), 1) == 2 * 17 * 8 * 12 * 512**2
-    assert benchmark.prior_flops(dit, sampling.Settings(solver="heun", steps=4), 2) == 17 * 8 * 12 * 512**2
-    late = sampling.Settings(guidance_interval=(0.0, 0.5))  # 8 of the 16 steps begin at 0.5 or below
-    assert benchmark.prior_flops(dit, late, 1) == 2 * (1 + 16 + 8) * 8 * 12 * 512**2
+
+    def flops(patch=1, **settings):
+        vae = vae_config(patch_size=patch)
+        config = families.cola.ColaConfig(vae=vae, dit=dit)
+        return families.cola.generation_flops(config, sampling.Settings(**settings))
+
+    assert flops() == 2 * 33 * 8 * 12 * 512**2
+    assert flops(guidance_scale=1.0) == 2 * 17 * 8 * 12 * 512**2
+    assert flops(2, solver="heun", steps=4) == 17 * 8 * 12 * 512**2
+    # 8 of the 16 steps begin at 0.5 or below
+    assert flops(guidance_interval=(0.0, 0.5)) == 2 * (1 + 16 + 8) * 8 * 12 * 512**2
 
 
 @pytest.mark.slow
@@ -29,7 +35,7 @@ def test_a_row(what, monkeypatch):
         settings = sampling.Settings(steps=1, max_new_tokens=3)
         row = benchmark.generation(config, "float32", 2, 5, settings, 1)
         assert row["tokens_per_s"] == pytest.approx(2 * 3 / row["seconds"])
-        assert row["flops_per_token"] == benchmark.prior_flops(config.dit, settings, 1)
+        assert row["flops_per_token"] == families.cola.generation_flops(config, settings)
     else:
         row = benchmark.training(config, "float32", 8, 1)  # a row for each device
         assert row["tokens_per_s"] == pytest.approx(8 * 2 * BLOCK / row["seconds"])

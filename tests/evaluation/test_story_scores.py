@@ -11,20 +11,22 @@ from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
 from cola_jax.data.tokenizers import ByteTokenizer
 from cola_jax.evaluation import stories as evaluation
-from cola_jax.families.cola import ColaConfig
+from cola_jax.evaluation.statistics import Proportion
+from cola_jax.families.cola import FAMILY, ColaConfig
 from cola_jax.models import cola
 from cola_jax.models.dit import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
+from cola_jax.runs import Run
 from cola_jax.sampling import Settings
 
 
 def test_wilson_interval():
     # Wilson's formula by hand for 8 of 10.
-    low, high = evaluation.Proportion(8, 10).interval
+    low, high = Proportion(8, 10).interval
     assert low == pytest.approx(0.49016, abs=1e-4) and high == pytest.approx(0.94332, abs=1e-4)
-    assert evaluation.Proportion(0, 10).interval[0] == 0.0
-    assert evaluation.Proportion(10, 10).interval[1] == pytest.approx(1.0)
-    assert math.isnan(evaluation.Proportion(0, 0).mean) and evaluation.Proportion(0, 0).interval == (0.0, 1.0)
+    assert Proportion(0, 10).interval[0] == 0.0
+    assert Proportion(10, 10).interval[1] == pytest.approx(1.0)
+    assert math.isnan(Proportion(0, 0).mean) and Proportion(0, 0).interval == (0.0, 1.0)
 
 
 def test_true_stories_score_full_marks_and_broken_ones_do_not():
@@ -41,6 +43,11 @@ def test_true_stories_score_full_marks_and_broken_ones_do_not():
     assert scores.valid == (0, 1) and scores.coherent == (0, 2) and scores.factors == 0
 
 
+WORDS = {}
+DATA = DataConfig(stories=StoriesConfig(values=4, aligned=True), num_stories=1000)
+STORIES = Stories(DATA.stories)
+
+
 @pytest.fixture(scope="module")
 def small():
     tokenizer = ByteTokenizer()
@@ -48,24 +55,25 @@ def small():
         VAEConfig(vocab_size=tokenizer.vocab_size, dim=16, ffn_dim=16, num_heads=2, latent_dim=4),
         DiTConfig(latent_dim=4, dim=16, num_heads=2, head_dim=8, num_layers=1, time_dim=8, rope_dim=4, block_size=4),
     )
-    return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32)), tokenizer
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))
+    return Run(FAMILY, model, params, tokenizer, ColaConfig(data=DATA), 0)
 
 
 def test_written_texts_begin_with_their_prompts_and_do_not_depend_on_the_batch(small):
     settings = sampling.Settings(steps=1, guidance_scale=1.0, max_new_tokens=8)
     prompts = ["Mia", "", "a longer prompt"]
-    texts = evaluation.write(*small, prompts, settings, seed=3, batch_size=2)
-    assert texts == evaluation.write(*small, prompts, settings, seed=3, batch_size=3)
-    assert texts != evaluation.write(*small, prompts, settings, seed=4, batch_size=3)
+    texts = evaluation.write(small, prompts, settings, seed=3, batch_size=2)
+    assert texts == evaluation.write(small, prompts, settings, seed=3, batch_size=3)
+    assert texts != evaluation.write(small, prompts, settings, seed=4, batch_size=3)
     assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
 
 
 def test_reconstruction_counts_real_tokens_only(small):
-    model, params, _ = small
     tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
     segments = np.array([[1] * 8, [1] * 4 + [0] * 4], np.int32)
-    accuracy = evaluation.reconstruction(model, params, [{"tokens": tokens, "segment_ids": segments}])
-    assert accuracy.total == 12 and 0 <= accuracy.successes <= 12
+    keys = jax.random.split(jax.random.key(0), 2)
+    right, total = FAMILY.reconstruct(small.model, small.params, {"tokens": tokens, "segment_ids": segments}, keys)
+    assert int(total) == 12 and 0 <= int(right) <= 12
 
 
 class _Words:
@@ -79,14 +87,9 @@ class _Words:
         return " ".join(names[int(i)] for i in ids)
 
 
-WORDS = {}
-DATA = DataConfig(stories=StoriesConfig(values=4, aligned=True), num_stories=1000)
-STORIES = Stories(DATA.stories)
-
-
 def run_of(model=None, params=None):
-    """As `trained.Trained`, where only some of it is needed."""
-    return SimpleNamespace(config=ColaConfig(data=DATA), tokenizer=_Words(), model=model, params=params)
+    """A run of which only some is needed."""
+    return Run(FAMILY, model, params, _Words(), ColaConfig(data=DATA), 0)
 
 
 def test_held_out_prompts_are_first_sentences():

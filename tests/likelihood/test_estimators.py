@@ -163,7 +163,7 @@ def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
     steps = run(tiny, batch, settings)
     assert not steps.failed.any()
     terms = [np.zeros((3, 2)), np.array([[True, True], [True, False], [True, True]]), np.ones((3, 2))]
-    blocks = estimators.Blocks(*[np.ones((3, 2))] * 3)
+    blocks = estimators.BlockTerms(*[np.ones((3, 2))] * 3)
     found = estimators._likelihood(*terms, blocks, np.ones(3))
     np.testing.assert_array_equal(np.isnan(found.elbo), [False, True, False])
     np.testing.assert_array_equal(np.isnan(found.iwae), [False, True, False])

@@ -12,6 +12,7 @@ from models.tiny_models import VOCAB, apply, assert_close, assert_trees_close, j
 
 from cola_jax import sharding
 from cola_jax.config import TrainConfig
+from cola_jax.fields import check
 from cola_jax.models import autoregressive
 from cola_jax.models.autoregressive import TransformerConfig
 from cola_jax.train import optimizer
@@ -23,7 +24,7 @@ DOCUMENTS = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
 
 def test_the_papers_model_has_the_papers_size():
     """Table 9: core and embeddings."""
-    PAPER.validate()
+    check(PAPER, "transformer.")
     counts = autoregressive.count_parameters(tiny.boxed(autoregressive.create(PAPER)))
     assert counts.core == 1_811_939_328
     assert counts.embeddings == 410_738_688
@@ -164,10 +165,5 @@ def test_initial_loss_is_about_that_of_a_uniform_guess():
     ],
 )
 def test_a_field_out_of_range_is_named(field, value):
-    with pytest.raises(UserError, match=rf"config\.transformer\.{field} = .*: must be "):
-        TransformerConfig(**{field: value}).validate()
-
-
-def test_the_tokenizers_vocabulary_fills_an_open_field_only():
-    assert autoregressive.with_vocabulary(TransformerConfig(), 77).vocab_size == 77
-    assert autoregressive.with_vocabulary(TransformerConfig(vocab_size=5), 77).vocab_size == 5
+    with pytest.raises(UserError, match=rf"transformer\.{field} = .*: must be "):
+        check(TransformerConfig(**{field: value}), "transformer.")

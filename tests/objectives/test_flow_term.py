@@ -9,6 +9,7 @@ import pytest
 from models.tiny_models import BLOCK, assert_close, dit_config, normal
 
 from cola_jax import rng
+from cola_jax.fields import check
 from cola_jax.flow.path import PATHS
 from cola_jax.objectives import stage2
 from cola_jax.objectives.stage2 import Stage2Config
@@ -168,14 +169,14 @@ def test_times_on_the_training_grid(per):
     ("changes", "message"),
     [
         ({"path": "cubic"}, "stage2.path = 'cubic': must be one of 'linear', 'trigonometric', 'quadratic'"),
-        ({"time_grid": -1}, "stage2.time_grid = -1: must be a number of at least 0"),
-        ({"time_log_snr_min": 10.0}, "stage2.time_log_snr_min = 10.0: must be below stage2.time_log_snr_max = 10.0"),
+        ({"time_grid": -1}, "stage2.time_grid = -1: must be at least 0"),
+        ({"time_log_snr_min": 10.0}, "stage2.time_log_snr_min = 10.0: must be below time_log_snr_max = 10.0"),
         ({"time_distribution": "normal"}, "must be one of 'logit_normal', 'uniform', 'uniform_log_snr'"),
     ],
 )
 def test_a_bad_choice_of_path_or_times_is_told(changes, message):
     with pytest.raises(UserError) as error:
-        dataclasses.replace(PLAIN, **changes).validate()
+        check(dataclasses.replace(PLAIN, **changes), "stage2.")
     assert message in str(error.value)
 
 

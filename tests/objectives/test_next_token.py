@@ -23,8 +23,7 @@ def batch(rows, segment_ids):
 @functools.cache
 def objective(chunk: int = 4):
     model, params = tiny.create(logit_chunk=chunk)
-    keys = jax.random.split(jax.random.key(0), 2)
-    return jit(lambda rows, segments: next_token.terms(model, None, params, batch(rows, segments), keys))
+    return jit(lambda rows, segments: next_token.terms(model, params, batch(rows, segments)))
 
 
 @functools.cache
@@ -32,7 +31,7 @@ def gradient():
     model, params = tiny.create()
 
     def total(params, rows, segment_ids):
-        terms = next_token.terms(model, None, params, batch(rows, segment_ids), jax.random.split(jax.random.key(0), 2))
+        terms = next_token.terms(model, params, batch(rows, segment_ids))
         return jnp.sum(terms["next_token"].value)
 
     whole = jit(jax.value_and_grad(total))

@@ -128,7 +128,7 @@ def test_evaluate_conditioning_and_gaps(run, cache):
     assert len(call(cache, "evaluate.py", *arguments, "--prompt_tokens=5", ways).splitlines()) == 4
     assert "in gaps of 3 tokens" in call(cache, "evaluate.py", *arguments, "--gap=3")
     assert "repaint:R:M" in call(cache, "evaluate.py", *arguments, "--conditioning=repaint:x", status=2)
-    assert "--gap: not allowed" in call(cache, "evaluate.py", *arguments, "--gap=3", "--prompted", status=2)
+    assert "--gap: cannot be given" in call(cache, "evaluate.py", *arguments, "--gap=3", "--prompted", status=2)
 
 
 def test_sample_fills_and_rewrites(run, cache):

@@ -15,4 +15,5 @@ def get_config():
     config.optimizer2.ema = 0.9
     config.train.update(log_every=2, eval_every=10, eval_batches=1, checkpoint_every=5, num_samples=2)
     config.sample.update(steps=2, max_new_tokens=16)
+    config.evaluation.count = 0  # no report
     return config

@@ -1,16 +1,13 @@
-"""The autoregressive baseline at the smallest size that still has every part; for the tests of the binaries."""
+"""The autoregressive family on the data of `tiny`."""
 
 from configs import default
+from tests.system import tiny
 
 
 def get_config():
-    config = default.get_config("autoregressive")
-    config.data.update(sequence_length=56, packing="pad", align=8, batch_size=8, vocab_size=400, num_stories=500)
-    config.data.stories.update(aligned=True, values=2, variants=1, choices=1)
-    config.transformer.update(dim=32, ffn_dim=48, num_heads=2, head_dim=16, num_layers=2)
-    config.stage1.steps = 30
-    config.optimizer1.ema = 0.9
-    config.train.update(log_every=2, eval_every=10, eval_batches=1, checkpoint_every=5, num_samples=2)
-    config.sample.update(max_new_tokens=16)
-    config.evaluation.count = 16
+    config, cola = default.get_config("autoregressive"), tiny.get_config()
+    config.data, config.train, config.evaluation = cola.data, cola.train, cola.evaluation
+    config.transformer.update(dim=16, ffn_dim=32, num_heads=2, head_dim=8, num_layers=2)
+    config.stage1.steps, config.optimizer1 = 20, cola.optimizer2
+    config.sample.update(max_new_tokens=16, temperature=1.0)
     return config

@@ -41,7 +41,7 @@ class Crash(BaseException):
     """Stands for a process that ends here and now."""
 
 
-# Steps between checkpoints; the EFLOPs below are reached after step 6 of stage 1 and step 3 of stage 2.
+# Two steps between checkpoints, and EFLOPs of which the first are reached in step 6 of stage 1, others in 3 of stage 2.
 MARKED = [2, 7]
 
 
@@ -72,6 +72,8 @@ def test_a_milestone_is_opened_by_its_step(run, tmp_path):
     last = jax.tree.leaves(dict(run[2].params))
     assert all(np.array_equal(x, y) for x, y in zip(last, trees[-1], strict=True))
     assert saved.load(run[0]).step == STEPS and saved.load(run[0] / "stage1", step=6).step == 6
+
+    # A run of so many steps (at a constant rate, so that the schedule is the same) ends there.
     assert saved.open_lazily(run[0], step=3).step == 3
 
 

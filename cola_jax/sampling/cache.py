@@ -1,0 +1,40 @@
+"""The sampler's caches: keys and values of finished positions, as values that go in and come out."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cola_jax import sharding
+
+# Keys and values [..., B, S, H, C] of the history: what `BlockCausalDiT.prefill` and `TextVAE.decode_prompt` make.
+Cache = Any
+
+
+def commit(cache: Cache, new, start: Array) -> Cache:
+    """The cache with ``new`` [..., B, n, H, C] in it, from each sequence's own position ``start`` [B] on."""
+
+    def leaf(c, n):
+        axis = c.ndim - 4
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+        return jax.vmap(lambda c, n, s: update(c, n, s), in_axes=(axis, axis, 0), out_axes=axis)(c, n, start)
+
+    return constrain(jax.tree.map(leaf, cache, new))
+
+
+def grow(cache: Cache, room: int) -> Cache:
+    """The cache with room for more positions behind those that it has."""
+    return constrain(jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, room), (0, 0), (0, 0)]), cache))
+
+
+def constrain(cache: Cache) -> Cache:
+    """Heads over the mesh axis "tensor", sequences over the others."""
+    names = (None, "batch", "length", "heads", "kv")
+    return jax.tree.map(lambda x: sharding.constrain(x, *names[-x.ndim :]), cache)
+
+
+def rows_at(x: Array, index: Array) -> Array:
+    """x[b, index[b]] for every sequence."""
+    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0))(x, index)
