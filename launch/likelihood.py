@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from cola_jax import cli, cli_settings
+from cola_jax import cli, cli_settings, families
 from cola_jax.evaluation import likelihood
 from cola_jax.likelihood import Settings
 from cola_jax.types import UserError
@@ -56,6 +56,13 @@ def measure(run, settings: Settings, counts: list[int]) -> dict | list:
     return values
 
 
+def check_family(family: families.Family, flag: str) -> None:
+    """Raises UserError for a family whose likelihood has other settings."""
+    if family.score_settings is not Settings:
+        other = "evaluate.py --evaluators=likelihood measures it"
+        raise UserError(f"{flag}: a run of family {family.name!r} has another likelihood; {other}")
+
+
 def main() -> None:
     try:
         counts = sorted(int(value) for value in _SAMPLES.value)
@@ -64,13 +71,13 @@ def main() -> None:
     _SETTINGS(Settings(samples=counts[0]))
     settings = _SETTINGS(Settings(samples=counts[-1]))
     if _PART.value == "speed":
-        first, found = likelihood.speed(cli.read_config(_CONFIG), settings, _COUNT.value)
+        config = cli.read_config(_CONFIG)
+        check_family(families.of(config), "--config")
+        first, found = likelihood.speed(config, settings, _COUNT.value)
         log(f"{likelihood.describe(settings)}, K = {counts[-1]}: {found:.2f} s/sequence ({first:.2f} with compilation)")
     else:
         run = _LOAD()
-        if run.family.score_settings is not Settings:
-            other = "evaluate.py --evaluators=likelihood measures it"
-            raise UserError(f"--checkpoint: a run of family {run.family.name!r} has another likelihood; {other}")
+        check_family(run.family, "--checkpoint")
         found = measure(run, settings, counts)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")

@@ -33,6 +33,7 @@ _UNCONDITIONAL = flags.DEFINE_integer("unconditional", 0, "samples from nothing,
 _JSON = flags.DEFINE_bool("json", False, "one JSON object a line instead of text")
 _SEED = flags.DEFINE_integer("seed", 0, "of the noise; sample i depends on (seed, i) alone")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "prompts generated at a time")
+_CUT = "\ufffd"  # what the bytes of a character that is not whole decode to
 
 
 def read_prompts(arguments: list[str]) -> list[str]:
@@ -72,10 +73,14 @@ def continuations(run: runs.Run, prompts, settings, key) -> Iterator[list[int]]:
         yield from (tokens for _, tokens in batches)
         return
     for index, prompt in enumerate(ids):
-        tokens = []
+        tokens, text, shown = [], "", 0
         for piece in run.family.stream(run.model, run.params, [prompt], settings, key, sample_ids=[index]):
-            shown, tokens = len(run.tokenizer.decode(tokens)), tokens + piece.tokens[0]
-            print(run.tokenizer.decode(tokens)[shown:], end="", flush=True)
+            tokens = tokens + piece.tokens[0]
+            text = run.tokenizer.decode(tokens)
+            ready = max(shown, len(text.rstrip(_CUT)))  # of a character only its first bytes may be there yet
+            print(text[shown:ready], end="", flush=True)
+            shown = ready
+        print(text[shown:], end="", flush=True)
         yield tokens
 
 

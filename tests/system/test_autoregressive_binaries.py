@@ -64,6 +64,11 @@ def test_sampling_and_streaming(run, cache):
     arguments = (f"--checkpoint={run[0]}", "Mia was", "--max_new_tokens=6", "--temperature=0.7")
     whole = call(cache, "sample.py", *arguments)
     assert call(cache, "sample.py", *arguments, "--stream") == whole
+    several = (*arguments, "Tom was", "--unconditional=2")
+    found = call(cache, "sample.py", *several, "--json").splitlines()
+    texts = "".join(json.loads(line)["text"] + "\n" for line in found)
+    for way in ("--stream", "--batch_size=3"):  # characters whose bytes come one by one among them
+        assert call(cache, "sample.py", *several, way) == texts
     row = json.loads(call(cache, "sample.py", *arguments, "--json", "--step=15"))
     assert row["prompt"] == "Mia was" and len(row["tokens"]) <= 6
 
@@ -78,6 +83,7 @@ def test_scoring(run, cache, tmp_path):
     assert text["bound"] == "exact" and text["log_prob"] < 0
     assert candidates["scores"][0]["log_prob"] == pytest.approx(response["log_prob"], rel=1e-5)
     assert candidates["best"] in (0, 1) and response["joint"]["log_prob"] < response["log_prob"]
+    assert response["joint"]["log_prob"] == pytest.approx(text["log_prob"], rel=1e-5)  # one density, cut in two
 
 
 def test_evaluation_and_speed(run, cache, tmp_path):
@@ -107,6 +113,22 @@ def test_evaluation_and_speed(run, cache, tmp_path):
         ("sample.py", ["--checkpoint={run}", "Mia[[2]]", "--mode=infill"], "only continues texts"),
         ("sample.py", ["--checkpoint={run}", "Mia", "--step=7"], "it must be one of 10, 15, 20"),
         ("likelihood.py", ["--checkpoint={run}"], "a run of family 'autoregressive'"),
+        ("likelihood.py", ["--part=speed", CONFIG, "--config.transformer.vocab_size=300"], "--config: a run of family"),
+        ("train.py", [COLA, "--workdir={run}"], "holds a run of family 'autoregressive', not 'cola'"),
+        ("train.py", [CONFIG, "--config.train.init_from=nowhere"], "nowhere: no checkpoint here"),
+        (
+            "train.py",
+            [CONFIG, "--config.transformer.vocab_size=20"],
+            "vocab_size = 20: must be at least the tokenizer's",
+        ),
+        ("evaluate.py", ["--checkpoint={run}", "--guidance=1,2"], "--guidance: the checkpoint's family"),
+        ("evaluate.py", ["--checkpoint={run}", "--gap=3"], "--gap: family 'autoregressive' only continues texts"),
+        ("evaluate.py", ["--checkpoint={run}", "--evaluators=reconstruction"], "needs latents"),
+        (
+            "evaluate.py",
+            ["--checkpoint={run}", "--evaluators=perplexity", "--scorer=nowhere"],
+            "nowhere: no checkpoint here",
+        ),
         ("convert.py", ["--from={run}", "--to={new}"], "a run of family 'autoregressive'"),
         ("score.py", ["--checkpoint={run}", "--samples=2", "--input=x", "--output=y"], "has no such setting"),
     ],
@@ -114,6 +136,6 @@ def test_evaluation_and_speed(run, cache, tmp_path):
 def test_what_does_not_fit_is_one_line(run, cache, tmp_path, binary, arguments, words):
     names = {"run": run[0], "new": tmp_path / "new"}
     filled = [argument.format(**names) for argument in arguments]
-    if binary == "train.py" and "--workdir={new}" not in arguments:
-        filled.append(f"--workdir={run[0] if 'init_from' in filled[-1] else tmp_path / 'new'}")
+    if binary == "train.py" and "--workdir" not in arguments[-1]:
+        filled.append(f"--workdir={run[0] if '{run}' in arguments[-1] else tmp_path / 'new'}")
     assert words in call(cache, binary, *filled, status=2)
