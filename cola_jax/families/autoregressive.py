@@ -34,7 +34,7 @@ class ScoreSettings:
     """How to score: there is nothing to choose, log p(x) is exact."""
 
     def validate(self) -> None:
-        """Every value is in range."""
+        """There is nothing to check."""
 
 
 def resolve(config: AutoregressiveConfig, vocab_size: int) -> AutoregressiveConfig:

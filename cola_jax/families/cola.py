@@ -173,7 +173,7 @@ def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tu
 
 
 def _trained(strategy: Stage2Config) -> dict[str, Group]:
-    """The latent-space strategies of 4.3: which groups have gradients, the VAE's rate ratio, the interval."""
+    """The latent-space strategies (SPEC 4): which groups have gradients, the VAE's rate ratio, the interval."""
     if strategy.strategy == "fix_vae":
         return {"dit": Group()}
     active = functools.partial(_is_joint, strategy.interval) if strategy.strategy == "interval" else None

@@ -92,8 +92,8 @@ class Family(NamedTuple):
       stages: (model, config) -> the stages of training, in order.
       settings: class of the generation settings; its fields are flags of the binaries.
       default_settings: (config, tokenizer) -> settings with which a run of this config generates.
-      generate: (model, params, prompts, settings, key, sample_ids, mesh as names) -> tokens [B, L] and lengths [B] of
-        one batch; sample i depends on (key, i) alone.
+      generate: (model, params, prompts, settings, key, sample_ids, mesh), the last three by name, too -> tokens [B, L]
+        and lengths [B] of one batch; sample i depends on (key, i) alone.
       generate_batches: (model, params, prompts, settings, key, batch_size) -> iterator of (index of the prompt, its new
         tokens), in order.
       stream: (model, params, prompts, settings, key, sample_ids) -> iterator of `Piece`s.

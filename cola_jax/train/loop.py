@@ -1,8 +1,9 @@
 """A whole run: its stages one after another, resumable at every moment.
 
-A run's directory holds `config.json`, `tokenizer.model`, a directory of checkpoints for each stage (`stage1/`, ...),
-`metrics.jsonl`, `samples.jsonl`, `timing.jsonl` and `tensorboard/`. The same command on the same directory resumes
-where the last process stopped, with the same result, bit for bit, as if it had not stopped.
+A run's directory holds `config.json`, `tokenizer.model` (if the tokenizer was trained here), a directory of checkpoints
+for each stage (`stage1/`, ...), `metrics.jsonl`, `samples.jsonl`, `timing.jsonl` and `tensorboard/`. The same
+command on the same directory resumes where the last process stopped, with the same result, bit for bit, as if it had
+not stopped.
 """
 
 import contextlib

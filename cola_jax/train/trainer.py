@@ -211,7 +211,7 @@ class Trainer:
         return log or self.step == 1, evaluate, save or self.step in self._milestones
 
     def _is_asked_to_stop(self) -> bool:
-        """After this step; in all processes or in none: those learn of a signal with the step after it."""
+        """After this step; in all processes or in none: several processes learn of a signal one step later."""
         stop = self._monitors.signals.received is not None
         if jax.process_count() > 1:
             before, self._stop = self._stop, distributed.any_true(stop)

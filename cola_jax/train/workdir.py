@@ -23,7 +23,7 @@ _FREE_FIELDS = (
 def claim(config: Config, workdir: Path) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
-    The mesh may differ, how long a step may take, which checkpoints are kept and how the run is evaluated.
+    These may differ: the mesh, how long a step may take, which checkpoints are kept, how the run is evaluated.
 
     Raises:
       UserError: another config; names each field that differs. Nothing is touched. Or the directory cannot be
