@@ -21,7 +21,7 @@ class Stage2Config:
 
     steps: int = setting(1000, "updates; 0: the stage is skipped", at_least=0)
     strategy: str = setting(
-        "fix_vae", "what the VAE does (SPEC 4.3)", choices=("joint", "fix_vae", "scratch", "interval")
+        "fix_vae", "what the VAE does (SPEC 4)", choices=("joint", "fix_vae", "scratch", "interval")
     )
     vae_learning_rate_ratio: float = setting(1.0, "learning rate of the VAE over that of the DiT", at_least=0)
     interval: int = setting(0, "strategy 'interval': so many joint steps, then as many with the VAE frozen", at_least=0)
