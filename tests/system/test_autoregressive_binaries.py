@@ -2,10 +2,11 @@
 
 import json
 import subprocess
+import sys
 import time
 
 import pytest
-from test_binaries import REPORTS, call, rows, start
+from test_binaries import REPORTS, ROOT, call, rows, start
 
 pytestmark = pytest.mark.slow
 CONFIG, COLA = "--config=tests/system/tiny_ar.py", "--config=tests/system/tiny.py"
@@ -139,3 +140,31 @@ def test_what_does_not_fit_is_one_line(run, cache, tmp_path, binary, arguments, 
     if binary == "train.py" and "--workdir" not in arguments[-1]:
         filled.append(f"--workdir={run[0] if '{run}' in arguments[-1] else tmp_path / 'new'}")
     assert words in call(cache, binary, *filled, status=2)
+
+
+def test_a_character_that_comes_byte_by_byte_is_printed_when_it_is_whole():
+    """What --stream prints is the decoded text, also where the text ends inside a character."""
+    code = """
+import sys, types
+from absl import flags
+sys.path.insert(0, "launch")
+import sample
+flags.FLAGS(["sample", "--stream"])
+shown = []
+sample.print = lambda *texts, end, flush: shown.append("".join(texts))
+decode = lambda ids: bytes(ids).decode("utf-8", "replace")
+stream = lambda *rest, sample_ids: (types.SimpleNamespace(tokens=[[byte]]) for byte in TEXT)
+TEXT = "a\\u00e9b\\U0001f600c".encode() + b"\\xe2\\x98"
+config = types.SimpleNamespace(data=types.SimpleNamespace(sequence_length=56))
+run = types.SimpleNamespace(
+    tokenizer=types.SimpleNamespace(encode=list, decode=decode),
+    family=types.SimpleNamespace(stream=stream), model=None, params=None, config=config,
+)
+import dataclasses
+Settings = dataclasses.make_dataclass("Settings", [("max_new_tokens", int)])
+assert list(sample.continuations(run, [b""], Settings(9), None)) == [list(TEXT)]
+assert "".join(shown) == decode(TEXT), shown
+assert [text for text in shown if text] == ["a", "\\u00e9", "b", "\\U0001f600", "c", "\\ufffd"], shown
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr[-2000:]
