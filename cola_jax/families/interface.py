@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     """One stage of training.
 
     Attributes:
-      name: directory of its checkpoints, unique in the family.
+      name: directory of its checkpoints: "stage1", "stage2" and so on, in the order of the stages.
       steps: updates; 0: the stage is skipped.
       optimizer: rates, decay, clipping, accumulation.
       optimizer_field: the config group of ``optimizer``, for errors.

@@ -254,7 +254,7 @@ class Trainer:
         if finite:
             skipped = int(values.get("skipped", 0))
             if skipped > self._skipped:
-                self._log(f"stage {self.number}  step {step}: update skipped, the {skipped}. of this stage ({line})")
+                self._log(f"stage {self.number}  step {step}: update skipped, number {skipped} of this stage ({line})")
             self._skipped = skipped
             return
         good = int(self.state.step)
