@@ -126,7 +126,7 @@ def test_refuses_missing_files(run, cache, asked, tmp_path):
     for name in ("stage1", "tokenizer.model", "config.json"):
         (only / name).symlink_to(run / name)
     said = call(cache, "score.py", f"--checkpoint={only}", f"--input={asked}", output, status=2)
-    assert "no checkpoint here" in said and "stage2" in said
+    assert "its stage1 holds vae only" in said and "need dit" in said
 
 
 def test_measures(run, cache, tmp_path):
