@@ -14,6 +14,7 @@ import numpy as np
 from cola_jax import config as configs
 from cola_jax import likelihood, sampling
 from cola_jax.config import Config, DataConfig, OptimizerConfig
+from cola_jax.families import strategies
 from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
 from cola_jax.fields import like, require, setting
 from cola_jax.likelihood import estimators, requests
@@ -69,6 +70,8 @@ class ColaConfig(Config):
         ok = not self.stage2.history_dropout or dit.no_history_vector
         need = "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)"
         require(ok, f"{prefix}dit.no_history_vector", False, need)
+        if dit.prediction == "mean":
+            require(dit.path == self.stage2.path, f"{prefix}dit.path", dit.path, f"stage2.path = {self.stage2.path!r}")
         self._check_strategy(prefix)
 
     def _check_strategy(self, prefix: str) -> None:
@@ -145,7 +148,7 @@ def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage
 
 def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tuple[Stage, Stage]:
     """`make_stages` around any terms (tests put a toy in the place of the model)."""
-    reference = "vae" in _trained(config.stage2) and config.stage2.reference_weight > 0
+    reference = "vae" in strategies.trained_groups(config.stage2) and config.stage2.reference_weight > 0
     return (
         Stage(
             name="stage1",
@@ -164,25 +167,12 @@ def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tu
             optimizer=config.optimizer2,
             optimizer_field="optimizer2",
             groups=("vae", "dit"),
-            trained=_trained(config.stage2),
+            trained=strategies.trained_groups(config.stage2),
             frozen={"reference": ("vae", "encoder")} if reference else {},
             terms=second,
             flops_per_token=flops_per_token(config, 2),
         ),
     )
-
-
-def _trained(strategy: Stage2Config) -> dict[str, Group]:
-    """The latent-space strategies (SPEC 4): which groups have gradients, the VAE's rate ratio, the interval."""
-    if strategy.strategy == "fix_vae":
-        return {"dit": Group()}
-    active = functools.partial(_is_joint, strategy.interval) if strategy.strategy == "interval" else None
-    return {"dit": Group(), "vae": Group(strategy.vae_learning_rate_ratio, active)}
-
-
-def _is_joint(interval: int, step: jax.Array) -> jax.Array:
-    """ "interval": ``interval`` joint steps alternate with as many in which the VAE stays as it is."""
-    return jnp.asarray(step // interval % 2 == 0)
 
 
 def flops_per_token(config: ColaConfig, stage: int) -> float:

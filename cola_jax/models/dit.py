@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import check, require, setting
+from cola_jax.flow import prediction
+from cola_jax.flow.path import PATHS
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
 from cola_jax.nn.modulation import Modulation, ModulationTables, spread, table_rows
@@ -40,6 +42,19 @@ class DiTConfig:
     norm_eps: float = setting(1e-5, "added to the variance in norms", above=0)
     block_position: bool = setting(False, "learned embedding of the index inside the block [ours]")
     no_history_vector: bool = setting(False, "marks blocks whose history was dropped [ours]")
+    prediction: str = setting(
+        "velocity",
+        "what the network's output is; mean: of the latents' means, from which the velocity follows "
+        "(`flow.prediction`) [ours]",
+        choices=prediction.PREDICTIONS,
+    )
+    prediction_variance: float = setting(
+        0.1, "'mean': variance of normalised latents around their means; exp(-vae.logsnr) where that is fixed", above=0
+    )
+    path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
+    time_frequency: float = setting(
+        1000.0, "highest angular frequency of the time features, radians over [0, 1]", above=0
+    )
     attention_kernel: str = setting("auto", "splash is for TPUs; auto: where it suits", choices=attention.KERNELS)
     remat: str = setting(
         "none", "what the backward pass computes again (`scan_layers`)", choices=("none", "full", "attention", "dots")
@@ -78,6 +93,7 @@ class DiTContext:
     """
 
     time: Array | None  # [B or 1, 1 + M, E]; None: a row of the layer's modulation table serves all
+    coefficients: Array | None  # [B or 1, 1 + M, 2, 1], skip and gate (`prediction`); None: there are none
     pinned: Array | None  # [B, R] bool
     angles: Array
     layout: attention.RowLayout | None = None  # None: with a cache, and these masks
@@ -186,13 +202,21 @@ class BlockCausalDiT(nn.Module):
             self.no_history = self.param("no_history", init, (config.dim,))
 
     def _time(self, times: Float[Array, "B M"]):
-        """Activated embeddings of t = 0 and of the times, [B, 1 + M, E]."""
+        """Of t = 0 and of the times: activated embeddings [B, 1 + M, E], and `_coefficients`."""
         times = jnp.concatenate([jnp.zeros_like(times[:, :1]), times], axis=1)
-        return self._embed(times)
+        return self._embed(times), self._coefficients(times)
 
     def _embed(self, times: Float[Array, "B M"]):
-        h = self.time_in(embeddings.time_features(times))
+        h = self.time_in(embeddings.time_features(times, top=self.config.time_frequency))
         return nn.silu(self.time_out(nn.silu(self.time_hidden(nn.silu(h)))))
+
+    def _coefficients(self, times: Float[Array, "B M"]):
+        """Skip and gate [B, M, 2, 1] of the velocity; None where the output is the velocity."""
+        config = self.config
+        if config.prediction == "velocity":
+            return None
+        both = prediction.mean_coefficients(PATHS[config.path], times, config.prediction_variance)
+        return jnp.stack(both, axis=-1)[..., None]
 
     def _plan(self, plan: BlockPlan | None) -> BlockPlan:
         return plan or BlockPlan.equal(self.config.block_size)
@@ -228,12 +252,17 @@ class BlockCausalDiT(nn.Module):
         layer = DiTLayer(config, self.dtype, parent=None)
         return separate_layers(layer, self.variables["params"]["layers"], config.num_layers, config.remat)
 
-    def _output(self, x, context: DiTContext, table: Array | None = None):
-        values = self.out_modulation(context.time) if table is None else table_rows(table, context.index)
+    def _output(self, x, latents, context: DiTContext, tables: ModulationTables | None = None):
+        values = self.out_modulation(context.time) if tables is None else table_rows(tables.output, context.index)
         pinned = None if context.pinned is None else context.pinned[:, -x.shape[1] :]
         shift, scale = spread(values, pinned, x.shape[1], 0, context.stretches)
-        velocity = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
-        return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
+        output = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
+        output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+        if self.config.prediction == "velocity":
+            return output
+        values = context.coefficients if tables is None else table_rows(tables.coefficients, context.index)
+        skip, gate = spread(values, pinned, x.shape[1], 0, context.stretches)
+        return skip * latents + gate * output
 
     def _angles(self, positions):
         return embeddings.rope_angles(positions, self.config.rope_dim, self.config.rope_theta)
@@ -270,9 +299,9 @@ class BlockCausalDiT(nn.Module):
         positions = jnp.arange(length)[None]
         layout = attention.RowLayout(length, plan, segment_ids, self.config.attention_kernel)
         stretches = plan.stretches(length, times.shape[1])
-        context = DiTContext(self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
+        context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
         x, kv = self._apply_layers(self._input(latents, positions, plan), None, context)
-        return self._output(x, context), kv
+        return self._output(x, latents, context), kv
 
     def denoise(
         self,
@@ -313,7 +342,7 @@ class BlockCausalDiT(nn.Module):
         ids = jnp.concatenate([ids, noisy_ids], axis=1)
         positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
         layout = attention.RowLayout(length, plan, ids, self.config.attention_kernel)
-        context = DiTContext(self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
+        context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
         x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, dropped)
         *first, last = self._separate() or (None,)
         if last is None:
@@ -322,14 +351,18 @@ class BlockCausalDiT(nn.Module):
             for layer in first:
                 x, _ = layer(x, None, context)
             x, _ = last(x, None, context, last=True)
-        return self._output(x[:, -total:], context)
+        return self._output(x[:, -total:], noisy, context)
 
     def modulations(self, times: Float[Array, " M"]) -> ModulationTables:
         """All modulations for a grid of times in [0, 1], whose last must be 0; for `extend`."""
-        time = self._embed(times[None])
+        times = times[None]
+        time = self._embed(times)
         _, layers = self._apply_layers(None, None, time, method="modulations")
         first = (lambda x: x[:, 0]) if self.stacked else (lambda x: x[0])
-        return ModulationTables(jax.tree.map(first, layers), self.out_modulation(time)[0])
+        coefficients = self._coefficients(times)
+        return ModulationTables(
+            jax.tree.map(first, layers), self.out_modulation(time)[0], None if coefficients is None else coefficients[0]
+        )
 
     def extend(
         self,
@@ -364,19 +397,20 @@ class BlockCausalDiT(nn.Module):
         own_mask = visibility.block_causal(BlockPlan.equal(length), length) if own_mask is None else own_mask
         seen = own_mask.shape[1]
         history_mask = visibility.of_cache(cache_mask, seen)
-        embedded, index, tables = None, None, (None, None)
+        embedded, index = (None, None), None
         if modulations is None:
             embedded = self._time(jnp.reshape(time, (-1, 1)))
         else:
-            index, tables = time, modulations
-        context = DiTContext(embedded, pinned, self._angles(positions), None, own_mask[:, None], history_mask, index)
+            index = time
+        context = DiTContext(*embedded, pinned, self._angles(positions), None, own_mask[:, None], history_mask, index)
         dropped = None
         if seen < length and self.config.no_history_vector:
             dropped = jnp.broadcast_to(jnp.arange(length)[None] >= seen, (batch, length))
-        layers = tables[0] if self.stacked or tables[0] is not None else (None,) * self.config.num_layers
+        layers = None if modulations is None else modulations.layers
+        layers = layers if self.stacked or layers is not None else (None,) * self.config.num_layers
         x = self._input(latents, positions, self._plan(plan), dropped)
         x, kv = self._apply_layers(x, (cache, layers), context)
-        return self._output(x, context, tables[1]), kv
+        return self._output(x, latents, context, modulations), kv
 
 
 def unstack(params: Params, num_layers: int) -> Params:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import check, require, setting
+from cola_jax.models import posterior
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.attention import KERNELS
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
@@ -65,6 +66,11 @@ class VAEConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def posterior_outputs(self) -> int:
+        """Numbers for each channel of a latent: a mean, and a log-variance where that is learned."""
+        return 2 if self.variational and self.logsnr is None else 1
+
     def validate(self) -> None:
         check(self, "config.vae.")
 
@@ -79,9 +85,6 @@ class VAEConfig:
             require(self.variational, f"{prefix}variational", False, "True where logsnr is fixed")
 
 
-# What a deterministic autoencoder reports as its log-variance: the smallest that the variance head can give.
-MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
-
 KV = tuple[Array, Array]
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False)}
@@ -95,9 +98,8 @@ def forward_flops(config: VAEConfig, latents: int) -> tuple[float, float, float]
     hidden = config.ffn_dim // 2 if config.activation == "swiglu" else config.ffn_dim
     mlp = config.dim * (config.ffn_dim + hidden)
     layer = 2 * (4 * config.dim**2 + mlp) + 2 * latents * config.dim
-    outputs = 2 if config.variational and config.logsnr is None else 1
     patch = 2 * config.patch_size * config.dim**2
-    encoder = config.encoder_layers * layer + patch + 2 * config.dim * outputs * config.latent_dim
+    encoder = config.encoder_layers * layer + patch + 2 * config.dim * config.posterior_outputs * config.latent_dim
     decoder = config.decoder_layers * layer + 2 * config.latent_dim * config.dim + patch
     return encoder / config.patch_size, decoder / config.patch_size, 2.0 * config.dim * config.vocab_size
 
@@ -192,18 +194,11 @@ class Encoder(nn.Module):
         x = Linear((config.dim,), (None, "embed"), dtype=self.dtype, name="patch_embedder")(x)
         layers = scan_layers(VAELayer, config.encoder_layers)(config, self.dtype, name="layers")
         x, _ = layers(x, None, _context(config, length, segment_ids, plan))
-        outputs = 2 if config.variational and config.logsnr is None else 1
-        names = ("embed", None, "latent")
-        head = Linear((outputs, config.latent_dim), names, use_bias=config.bias, dtype=self.dtype, name="final_layer")
-        x = head(x).astype(jnp.float32)
-        mean = x[:, :, 0]
-        if config.normalize_mean or not config.variational:
-            mean = LayerNorm(config.norm_eps, affine=False, name="last_norm")(mean)
-        if outputs == 2:
-            logvar = jnp.clip(x[:, :, 1], MIN_LOGVAR, MAX_LOGVAR)
-        else:  # E[mean^2] = 1 by the norm, so that a constant variance fixes the logSNR (16.2)
-            logvar = jnp.full_like(mean, MIN_LOGVAR if config.logsnr is None else -config.logsnr)
-        return Posterior(mean, logvar)
+        shape, names = (config.posterior_outputs, config.latent_dim), ("embed", None, "latent")
+        x = Linear(shape, names, use_bias=config.bias, dtype=self.dtype, name="final_layer")(x).astype(jnp.float32)
+        normed = config.normalize_mean or not config.variational
+        norm = LayerNorm(config.norm_eps, affine=False, name="last_norm") if normed else None
+        return posterior.gaussian(x, norm, config.logsnr)
 
 
 class Decoder(nn.Module):

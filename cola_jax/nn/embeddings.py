@@ -37,10 +37,10 @@ def apply_rope(
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def time_features(times: Float[Array, "B M"], num_features: int = 256) -> Float[Array, "B M F"]:
-    """Sines, then cosines, of ``1000 t * 10000^(-2i / F)`` (SPEC 9), float32 (or wider)."""
+def time_features(times: Float[Array, "B M"], num_features: int = 256, top: float = 1000.0) -> Float[Array, "B M F"]:
+    """Sines, then cosines, of ``top t * 10000^(-2i / F)`` (SPEC 9: top = 1000), float32 (or wider)."""
     half = num_features // 2
     dtype = jnp.promote_types(times.dtype, jnp.float32)
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=dtype) / half)
-    angles = 1000.0 * times.astype(dtype)[..., None] * frequencies[None, None, :]
+    angles = top * times.astype(dtype)[..., None] * frequencies[None, None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

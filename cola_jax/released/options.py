@@ -104,7 +104,16 @@ _IGNORED = frozenset(
 _MASKS = ("causal", "block_causal")  # together they are our `attention`
 _ROPE_THETA = 10_000.0  # of the DiT; released configs have no field for it
 # Options of ours that released configs have no field for, with the value that a released model has.
-_OURS = {VAE: {"logsnr": None}, DIT: {"block_position": False, "no_history_vector": False, "rope_theta": _ROPE_THETA}}
+_OURS = {
+    VAE: {"logsnr": None},
+    DIT: {
+        "block_position": False,
+        "no_history_vector": False,
+        "rope_theta": _ROPE_THETA,
+        "prediction": "velocity",
+        "time_frequency": 1000.0,
+    },
+}
 
 
 def _fits(kind: str, value) -> bool:

@@ -1,0 +1,39 @@
+"""What a network predicts, and how that becomes a velocity.
+
+With latents of fixed variance around their means, ``z_0 = m + sigma eps``, everything that is unknown in a noisy
+latent is its mean: given m, both z_0 and z_1 follow from z_t in closed form. A network that predicts ``E[m | z_t]``
+has the exact field near the data for nothing, whatever its weights are.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cola_jax.flow.path import Path
+
+PREDICTIONS = ("velocity", "mean")
+
+
+def mean_coefficients(path: Path, t: Array, variance: float) -> tuple[Array, Array]:
+    """``skip(t)`` and ``gate(t)`` of the velocity ``v = skip z_t + gate E[m | z_t]``.
+
+    For ``z_0 ~ N(m, variance)``: z_t given m has the variance ``s = signal^2 variance + noise^2``, and
+
+        v = E[u | z_t, m] = signal' m + (s' / 2 s) (z_t - signal m),
+
+    which is linear in m. At t = 0 the gate is 0 and the skip ``signal' / signal``: on the linear path ``v = -z``. With
+    variance 0 this is the prediction of the data (x-prediction), singular at t = 0.
+
+    Args:
+      path: between data and noise.
+      t: times in [0, 1].
+      variance: of the latents around their means, above 0.
+    """
+
+    def spread(t):
+        return path.signal(t) ** 2 * variance + path.noise(t) ** 2
+
+    s, slope = jax.jvp(spread, (t,), (jnp.ones_like(t),))
+    signal, signal_slope = jax.jvp(path.signal, (t,), (jnp.ones_like(t),))
+    skip = 0.5 * slope / s
+    return skip, signal_slope - skip * signal
