@@ -149,6 +149,20 @@ def log_snr_slope(path: Path, t: Array) -> Array:
     return _with_slope(lambda t: log_snr(path, t), t)[1]
 
 
+def likelihood_weight(path: Path, t: Array) -> Array:
+    """Weight of the squared velocity error in nats of likelihood: ``2 / (noise^2 |lambda'|)``, ``(1 - t) / t`` on the
+    linear path.
+
+    Its integral over t of the squared error, summed over elements, is what the diffusion with the path's marginals
+    loses in ``KL(q(z_0) || p(z_0))``: half of ``g^2 |score error|^2`` with ``g^2 = noise^2 |lambda'|``.
+
+    Args:
+      path: of the flow.
+      t: times in (0, 1); the weight has a pole at 0.
+    """
+    return 2 / (path.noise(t) ** 2 * jnp.abs(log_snr_slope(path, t)))
+
+
 def time_at(path: Path, value: Array) -> Array:
     """The flow time of a log-SNR: the inverse of `log_snr`.
 

@@ -14,7 +14,7 @@ from cola_jax.flow.path import Path
 PREDICTIONS = ("velocity", "mean")
 
 
-def mean_coefficients(path: Path, t: Array, variance: float) -> tuple[Array, Array]:
+def mean_coefficients(path: Path, t: Array, variance: float | Array) -> tuple[Array, Array]:
     """``skip(t)`` and ``gate(t)`` of the velocity ``v = skip z_t + gate E[m | z_t]``.
 
     For ``z_0 ~ N(m, variance)``: z_t given m has the variance ``s = signal^2 variance + noise^2``, and
@@ -27,7 +27,7 @@ def mean_coefficients(path: Path, t: Array, variance: float) -> tuple[Array, Arr
     Args:
       path: between data and noise.
       t: times in [0, 1].
-      variance: of the latents around their means, above 0.
+      variance: of the latents around their means, above 0; an array must broadcast against t.
     """
 
     def spread(t):
@@ -37,3 +37,20 @@ def mean_coefficients(path: Path, t: Array, variance: float) -> tuple[Array, Arr
     signal, signal_slope = jax.jvp(path.signal, (t,), (jnp.ones_like(t),))
     skip = 0.5 * slope / s
     return skip, signal_slope - skip * signal
+
+
+def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: Array) -> Array:
+    """``E[u | z_t, x]``: the velocity target when the noise of the latents is averaged out.
+
+    For ``z_0 ~ N(mean, variance)`` as the encoder says of the text x. Its expectation given z_t alone is the same
+    field that the target u itself has (Rao-Blackwell), so that a regression has the same solution with less noise: of
+    u, the part ``sigma^2 / s`` on the linear path, all of it near the data, can be predicted by nobody.
+
+    Args:
+      path: between data and noise.
+      z_t: points on it, [.., D].
+      t: times in [0, 1], of a shape that broadcasts against z_t.
+      mean, variance: of the normalised latents, [.., D].
+    """
+    skip, gate = mean_coefficients(path, jnp.broadcast_to(t, z_t.shape), jnp.broadcast_to(variance, z_t.shape))
+    return skip * z_t + gate * mean

@@ -1,4 +1,4 @@
-"""Which flow times are trained: distributions, their densities in t and in log-SNR (15.12-15.19, 16.5-16.10)."""
+"""Which flow times are trained, and how much each counts (15.12-15.19, 16.5-16.10)."""
 
 import math
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from cola_jax.flow.path import LINEAR, Path
 from cola_jax.types import Key, Posterior
 
 DISTRIBUTIONS = ("logit_normal", "uniform", "uniform_log_snr")
+WEIGHTS = ("as_drawn", "logit_normal", "uniform", "likelihood")
 
 
 class Times(NamedTuple):
@@ -25,6 +26,9 @@ class Times(NamedTuple):
       low, high: log-SNRs, low < high; the low one is the noisy end.
       path: whose log-SNR is meant.
       grid: training times are multiples of 1 / grid (see `discretize`); 0: continuous.
+      share: of the times that come from a second logit-normal instead, so that times near the data and near the noise
+        are both drawn.
+      second_loc, second_scale: of that one.
     """
 
     distribution: str = "logit_normal"
@@ -34,6 +38,9 @@ class Times(NamedTuple):
     high: float = 10.0
     path: Path = LINEAR
     grid: int = 0
+    share: float = 0.0
+    second_loc: float = -1.5
+    second_scale: float = 1.0
 
 
 def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
@@ -50,6 +57,10 @@ def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
         t = jax.nn.sigmoid(times.loc + times.scale * rng.normal(keys, (count,)))
     else:
         t = paths.time_at(times.path, times.low + (times.high - times.low) * rng.uniform(keys, (count,)))
+    if times.share:
+        choose, draw = (rng.fold_in(keys, number) for number in (1, 2))
+        second = jax.nn.sigmoid(times.second_loc + times.second_scale * rng.normal(draw, (count,)))
+        t = jnp.where(rng.uniform(choose, (count,)) < times.share, second, t)
     return discretize(t, times.grid) if times.grid else t
 
 
@@ -83,23 +94,75 @@ def pdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
     if times.distribution == "uniform":
         density = jnp.ones_like(s)
     elif times.distribution == "logit_normal":
-        away = (_logit(s) - times.loc) / times.scale
-        density = jnp.exp(-0.5 * away**2) / (times.scale * math.sqrt(2 * math.pi) * s * (1 - s))
+        density = _logit_normal_pdf(s, times.loc, times.scale)
     else:
         value = paths.log_snr(times.path, s)
         speed = -paths.log_snr_slope(times.path, s)
         density = jnp.where((value >= times.low) & (value <= times.high), speed / (times.high - times.low), 0.0)
+    if times.share:
+        second = _logit_normal_pdf(s, times.second_loc, times.second_scale)
+        density = (1 - times.share) * density + times.share * second
     return jnp.where(inside, density, 0.0) / horizon
+
+
+def _logit_normal_pdf(s: Array, loc: float, scale: float) -> Array:
+    away = (_logit(s) - loc) / scale
+    return jnp.exp(-0.5 * away**2) / (scale * math.sqrt(2 * math.pi) * s * (1 - s))
+
+
+def _logit_normal_cdf(s: Array, loc: float, scale: float) -> Array:
+    return jax.scipy.stats.norm.cdf((_logit(s) - loc) / scale)
 
 
 def cdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
     """Probability of a time up to t, the integral of `pdf`. Args as there."""
     s = jnp.clip(t / horizon, 0.0, 1.0)
     if times.distribution == "uniform":
-        return s
-    if times.distribution == "logit_normal":
-        return jax.scipy.stats.norm.cdf((_logit(s) - times.loc) / times.scale)
-    return jnp.clip((times.high - paths.log_snr(times.path, s)) / (times.high - times.low), 0.0, 1.0)
+        found = s
+    elif times.distribution == "logit_normal":
+        found = _logit_normal_cdf(s, times.loc, times.scale)
+    else:
+        found = jnp.clip((times.high - paths.log_snr(times.path, s)) / (times.high - times.low), 0.0, 1.0)
+    if times.share:
+        second = _logit_normal_cdf(s, times.second_loc, times.second_scale)
+        found = (1 - times.share) * found + times.share * second
+    return found
+
+
+class Weight(NamedTuple):
+    """How much the squared velocity error of each time counts.
+
+    Attributes:
+      kind: "as_drawn": the loss is the mean over the times that are drawn; else its expectation is
+        ``E_{t ~ uniform}[weight(t) error(t)]`` whatever density the times are drawn from, with the weight 1
+        ("uniform"), the density of a logit-normal, or `path.likelihood_weight`: then a sum over elements is in nats.
+      loc, scale: of "logit_normal".
+    """
+
+    kind: str = "as_drawn"
+    loc: float = 1.0
+    scale: float = 1.0
+
+
+def importance(weight: Weight, times: Times, t: Array) -> Array:
+    """What an error at a drawn time counts: the weight over the density that the time was drawn from.
+
+    Args:
+      weight: that the loss shall have.
+      times: what t was drawn from, without a grid; its density must not be 0 where the weight is not.
+      t: in (0, 1).
+    """
+    if weight.kind == "as_drawn":
+        return jnp.ones_like(t)
+    # Float32 rounds times that are very near to 0 or 1 onto them, where no ratio exists.
+    t = jnp.clip(t, 1e-6, 1 - 1e-6)
+    if weight.kind == "uniform":
+        wanted = jnp.ones_like(t)
+    elif weight.kind == "logit_normal":
+        wanted = _logit_normal_pdf(t, weight.loc, weight.scale)
+    else:
+        wanted = paths.likelihood_weight(times.path, t)
+    return wanted / pdf(times, t)
 
 
 def log_snr_pdf(times: Times, path: Path, value: Array) -> Array:

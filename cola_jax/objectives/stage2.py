@@ -1,6 +1,8 @@
 """Stage 2: flow matching of the prior, with the VAE frozen or trained along (3.18)."""
 
 import dataclasses
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,10 +11,14 @@ from jaxtyping import Array
 
 from cola_jax import rng
 from cola_jax.fields import require, setting
-from cola_jax.flow import schedule
+from cola_jax.flow import prediction, schedule
 from cola_jax.flow.path import PATHS, interpolate
 from cola_jax.objectives import common, masked_tokens
-from cola_jax.types import Key, Params, Term
+from cola_jax.types import Key, Params, Posterior, Term
+
+TARGETS = ("sample", "posterior")
+# Flow times whose errors the log shows apart: from each of these to the next.
+TIME_BINS = (0.0, 0.1, 0.3, 0.7, math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,25 @@ class Stage2Config:
     time_distribution: str = setting("logit_normal", "of t", choices=schedule.DISTRIBUTIONS)
     time_loc: float = setting(1.0, "mean of the normal of 'logit_normal'")
     time_scale: float = setting(1.0, "and its standard deviation", above=0)
+    time_second_share: float = setting(
+        0.0, "share of the times that a second logit-normal draws instead", at_least=0, at_most=1
+    )
+    time_second_loc: float = setting(-1.5, "mean of its normal; negative: near the data")
+    time_second_scale: float = setting(1.0, "and its standard deviation", above=0)
+    time_weight: str = setting(
+        "as_drawn",
+        "what the error at a time counts: the same at each drawn time, or by importance weights as if times were drawn "
+        "from 'logit_normal' or 'uniform', or the time's share of the likelihood ((1 - t) / t)",
+        choices=schedule.WEIGHTS,
+    )
+    weight_loc: float = setting(1.0, "time_weight 'logit_normal': mean of the normal")
+    weight_scale: float = setting(1.0, "and its standard deviation", above=0)
+    target: str = setting(
+        "sample",
+        "velocity that is learned: the sampled path's, or its mean given the text's posterior: the same field, less "
+        "noise (`flow.prediction`) [ours]",
+        choices=TARGETS,
+    )
     time_per: str = setting("block", "what has a time of its own", choices=("block", "sequence"))
     prompt_blocks: float = setting(
         0.05, "share of the blocks that keep a random proper prefix clean", at_least=0, at_most=1
@@ -55,14 +80,29 @@ class Stage2Config:
         require(ok, f"{prefix}interval", self.interval, "at least 1 (strategy = 'interval')")
         low, high = self.time_log_snr_min, self.time_log_snr_max
         require(low < high, f"{prefix}time_log_snr_min", low, f"below time_log_snr_max = {high}")
+        weighted = self.time_weight != "as_drawn"
+        covered = not weighted or self.time_distribution != "uniform_log_snr" or self.time_second_share > 0
+        need = "one whose density is nowhere 0 (or time_second_share > 0) where time_weight is not 'as_drawn'"
+        require(covered, f"{prefix}time_distribution", self.time_distribution, need)
+        need = "0 (continuous times) where time_weight is not 'as_drawn'"
+        require(not (weighted and self.time_grid), f"{prefix}time_grid", self.time_grid, need)
+        joint = self.strategy != "fix_vae" and self.encoder_gradient
+        need = "'sample' where the flow loss trains the encoder (its variance enters the noise of the target)"
+        require(not joint or self.target == "sample", f"{prefix}target", self.target, need)
 
     @property
     def times(self) -> schedule.Times:
         """The distribution of the flow times that are trained."""
         log_snrs = (self.time_log_snr_min, self.time_log_snr_max)
+        second = (self.time_second_share, self.time_second_loc, self.time_second_scale)
         return schedule.Times(
-            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid
+            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid, *second
         )
+
+    @property
+    def weight(self) -> schedule.Weight:
+        """What the error at a time counts."""
+        return schedule.Weight(self.time_weight, self.weight_loc, self.weight_scale)
 
 
 def terms(
@@ -89,7 +129,7 @@ def terms(
     z = model.normalize(common.draw(posterior, draw_keys))
     frozen = stage.strategy == "fix_vae"
     out = {
-        "flow": flow_term(model, stage, params, z, segments, flow_keys, frozen),
+        **flow_terms(model, stage, params, z, segments, flow_keys, frozen, posterior),
         **common.posterior_statistics(posterior, latents),
     }
     if frozen:
@@ -150,11 +190,24 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
     return _Draw(rng.normal(noise_keys, (total, channels)), times, pinned, dropped)
 
 
-def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False) -> Term:
+def flow_terms(
+    model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False, posterior: Posterior | None = None
+) -> dict[str, Term]:
     """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
 
     The history is stop-gradient, and so are the positions that a prompt block keeps clean: they are a condition
     like it (17.1). The gradient through z_t and the target is ``stage.encoder_gradient``.
+
+    Args:
+      model, stage, params: as in `terms`.
+      z: normalised latents [B, N, D].
+      segments: [B, N], 0 for padding.
+      keys: [B].
+      frozen: whether the VAE is.
+      posterior: of the latents, before normalisation; needed where ``stage.target`` is "posterior".
+
+    Returns:
+      "flow", the loss; and for the log, without a gradient, the mean error of the drawn times in each of `TIME_BINS`.
     """
     copies, block = stage.noise_copies, model.dit_config.block_size
     draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
@@ -162,6 +215,8 @@ def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen
     data = jnp.tile(z if stage.encoder_gradient and not frozen else history, (1, copies, 1))
     times = jnp.repeat(draw.times, block, axis=1)[..., None]
     noisy, target = interpolate(PATHS[stage.path], data, draw.noise, times)
+    if stage.target == "posterior":
+        target = _posterior_target(model, stage, posterior, noisy, times)
     counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
     if draw.pinned is not None:
         noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
@@ -177,4 +232,19 @@ def flow_term(model, stage: Stage2Config, params, z, segments, keys: Key, frozen
         method="velocity",
     )
     error = jnp.mean(jnp.square(velocity - target), axis=-1)
-    return common.per_example(error, counted, stage.flow_weight)
+    times = times[..., 0]
+    out = {
+        f"flow_from_{low:g}": common.per_example(error, counted * (times >= low) * (times < high), 0.0)
+        for low, high in itertools.pairwise(TIME_BINS)
+    }
+    if stage.time_weight != "as_drawn":
+        error = error * schedule.importance(stage.weight, stage.times, times)
+    return {"flow": common.per_example(error, counted, stage.flow_weight)} | out
+
+
+def _posterior_target(model, stage: Stage2Config, posterior: Posterior, noisy, times):
+    """The velocity given the text's posterior, for every noisy copy; without a gradient."""
+    mean, logvar = jax.lax.stop_gradient((model.normalize(posterior.mean), posterior.logvar))
+    variance = jnp.exp(logvar) * model.vae_config.scale**2
+    mean, variance = (jnp.tile(x, (1, stage.noise_copies, 1)) for x in (mean, variance))
+    return prediction.posterior_velocity(PATHS[stage.path], noisy, times, mean, variance)

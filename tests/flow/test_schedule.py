@@ -21,6 +21,8 @@ DISTRIBUTIONS = {
     "logit-normal": Times(),
     "logit-normal, other": Times(loc=-0.5, scale=2.0),
     "uniform": Times("uniform"),
+    "mixture": Times(share=0.3, second_loc=-2.0, second_scale=0.5),
+    "uniform and more": Times("uniform", share=0.5),
     **{f"log-SNR, {name}": Times("uniform_log_snr", low=-7.0, high=5.0, path=path) for name, path in PATHS.items()},
 }
 EACH = pytest.mark.parametrize("times", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)

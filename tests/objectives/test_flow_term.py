@@ -39,7 +39,7 @@ class Spy:
 
 def run(stage=PLAIN, velocity=None, z=Z, keys=KEYS, segments=SEGMENTS, frozen=False):
     spy = Spy(velocity) if velocity else Spy()
-    term = stage2.flow_term(spy, stage, None, z, segments, keys, frozen)
+    term = stage2.flow_terms(spy, stage, None, z, segments, keys, frozen)["flow"]
     return spy, term
 
 

@@ -1,0 +1,70 @@
+"""The velocity that follows from a predicted mean, against conditional Gaussians in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.tiny_models import normal
+
+from cola_jax.flow import prediction
+from cola_jax.flow.path import PATHS, interpolate
+from tests.flow.gaussian import CURVES
+
+TIMES = np.array([0.0, 0.02, 0.3, 0.5, 0.9, 1.0])
+VARIANCE = 0.14
+
+
+def conditional_velocity(path: str, t, z_t, mean, variance):
+    """E[u | z_t] of z_0 ~ N(mean, variance), z_1 ~ N(0, 1), by the covariance of (u, z_t)."""
+    signal, signal_slope, noise, noise_slope = CURVES[path](t)
+    covariance = signal_slope * signal * variance + noise_slope * noise
+    spread = signal**2 * variance + noise**2
+    return signal_slope * mean + covariance / spread * (z_t - signal * mean)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_velocity_of_a_known_mean(path):
+    z, mean = (np.asarray(normal(3, 4, seed=i), np.float64) for i in range(2))
+    for t in TIMES:
+        skip, gate = prediction.mean_coefficients(PATHS[path], jnp.float32(t), VARIANCE)
+        found = float(skip) * z + float(gate) * mean
+        np.testing.assert_allclose(found, conditional_velocity(path, t, z, mean, VARIANCE), rtol=2e-5, atol=2e-5)
+
+
+def test_near_the_data_the_mean_does_not_matter():
+    skip, gate = prediction.mean_coefficients(PATHS["linear"], jnp.zeros(()), VARIANCE)
+    assert float(skip) == -1 and float(gate) == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_target_is_the_mean_of_the_sampled_one(path):
+    """Regressing u on z_t gives the posterior's velocity: the residual is uncorrelated with 1 and with z_t."""
+    count, t = 200_000, 0.35
+    mean, deviation = 0.7, VARIANCE**0.5
+    z0 = mean + deviation * np.asarray(normal(count, seed=1), np.float32)
+    z_t, u = interpolate(PATHS[path], jnp.asarray(z0), normal(count, seed=2), jnp.float32(t))
+    target = prediction.posterior_velocity(PATHS[path], z_t, jnp.float32(t), jnp.full(count, mean), jnp.full(count, VARIANCE))
+    residual = np.asarray(u - target, np.float64)
+    centred = np.asarray(z_t, np.float64) - np.mean(z_t)
+    for product in (residual, residual * centred):
+        assert abs(product.mean()) < 4 * product.std() / count**0.5
+    assert residual.std() > 0.3  # what nobody can predict
+
+
+def test_variances_of_channels_are_their_own():
+    z, mean = normal(5, 3), normal(5, 3, seed=1)
+    variance = jnp.array([0.01, 0.1, 1.0])
+    found = prediction.posterior_velocity(PATHS["linear"], z, jnp.full((5, 1), 0.4), mean, variance)
+    for channel in range(3):
+        expected = conditional_velocity(
+            "linear", 0.4, *(np.asarray(x)[:, channel] for x in (z, mean)), variance[channel]
+        )
+        np.testing.assert_allclose(found[:, channel], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_coefficients_have_finite_slopes_everywhere():
+    for path in PATHS.values():
+        slopes = jax.vmap(jax.jacfwd(lambda t, path=path: jnp.stack(prediction.mean_coefficients(path, t, 1e-3))))(
+            jnp.asarray(TIMES, jnp.float32)
+        )
+        assert np.isfinite(slopes).all()
