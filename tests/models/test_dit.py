@@ -25,18 +25,19 @@ from cola_jax.nn.visibility import BlockPlan
 LENGTH, BLOCKS = 12, 3
 NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
 OPTIONS = {"block_position": True, "no_history_vector": True, "qkv_bias": True}
+MEAN = OPTIONS | {"prediction": "mean", "prediction_variance": 0.2, "time_frequency": 30.0}
 
 
 # Every argument is given in every call, so that one compiled program serves most tests.
-def whole(latents, times, pinned=None, segments=None):
-    model, params = create(dit=OPTIONS)
+def whole(latents, times, pinned=None, segments=None, options=OPTIONS):
+    model, params = create(dit=options)
     pinned = jnp.zeros((2, LENGTH), bool) if pinned is None else pinned
     segments = jnp.ones((2, LENGTH), jnp.int32) if segments is None else segments
     return apply(model, params, latents, times, pinned=pinned, segment_ids=segments, method="velocity")
 
 
-def training(noisy, times, clean, pinned=None, segments=None, dropped=None, params=None):
-    model, own = create(dit=OPTIONS)
+def training(noisy, times, clean, pinned=None, segments=None, dropped=None, params=None, options=OPTIONS):
+    model, own = create(dit=options)
     total = noisy.shape[1]
     return apply(
         model,
@@ -112,10 +113,23 @@ def test_pinned_positions_are_at_time_zero():
     assert_close(training(NOISY, TIMES, CLEAN, pinned), training(NOISY, times, CLEAN), 1e-6)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_cached_blocks_equal_the_training_layout(stacked):
+def test_a_predicted_mean_makes_the_velocity():
+    """``skip(t) z + gate(t) output``: positions at time 0, pinned ones too, have -z whatever the network says."""
+    output = training(NOISY, TIMES, CLEAN, options=MEAN | {"prediction": "velocity"})
+    pinned = jnp.zeros((2, LENGTH), bool).at[:, 1].set(True)
+    velocity = training(NOISY, TIMES, CLEAN, options=MEAN)
+    t = jnp.repeat(TIMES, BLOCK, axis=1)[..., None]
+    spread = (1 - t) ** 2 * 0.2 + t**2
+    assert_close(velocity, (t - (1 - t) * 0.2) / spread * NOISY - t / spread * output, 1e-5)
+    at_data = training(NOISY, TIMES.at[0].set(0.0), CLEAN, pinned, options=MEAN)
+    assert_close(at_data[0], -NOISY[0], 1e-6)
+    assert_close(at_data[:, 1], -NOISY[:, 1], 1e-6)
+
+
+@pytest.mark.parametrize(("stacked", "options"), [(True, OPTIONS), (False, OPTIONS), (False, MEAN)])
+def test_cached_blocks_equal_the_training_layout(stacked, options):
     """`prefill`, then `extend`; one sequence stands a block ahead of the other."""
-    model, params = create(dit=OPTIONS)
+    model, params = create(dit=options)
     if not stacked:
         params, model = dit.unstack(params, model.dit_config.num_layers), model.clone(stacked=False)
     prefilled, _ = apply(model, params, CLEAN, jnp.ones((2, LENGTH), jnp.int32), method="prefill")
@@ -130,13 +144,13 @@ def test_cached_blocks_equal_the_training_layout(stacked):
 
     extend = functools.partial(apply, model, params, method="extend")
     clean, new = extend(block(CLEAN), jnp.zeros(()), positions, cache, filled)
-    assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)))), 1e-5)
+    assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)), options=options)), 1e-5)
     for ours, all_at_once in zip(jax.tree.leaves(new), jax.tree.leaves(prefilled), strict=True):
         index = jnp.expand_dims(positions, (-2, -1))
         index = index if all_at_once.ndim == 4 else index[None]
         assert_close(ours, jnp.take_along_axis(all_at_once, index, axis=-3), 1e-5)
     times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)[:, 0]
-    expected = block(training(NOISY, TIMES, CLEAN))
+    expected = block(training(NOISY, TIMES, CLEAN, options=options))
     noisy, _ = extend(block(NOISY), times, positions, cache, filled)
     assert_close(noisy, expected, 1e-5)
 
@@ -149,7 +163,7 @@ def test_cached_blocks_equal_the_training_layout(stacked):
     own = visibility.block_causal(BlockPlan.equal(BLOCK), 2 * BLOCK)
     out, _ = extend(latents, times, together, cache, earlier, own, pinned)
     assert_close(out[:, BLOCK : 2 * BLOCK], expected, 1e-5)
-    dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool))
+    dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool), options=options)
     assert_close(out[:, 2 * BLOCK :], block(dropped), 1e-5)
 
     # The same from a table of modulations.
