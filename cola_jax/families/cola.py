@@ -198,6 +198,8 @@ def flops_per_token(config: ColaConfig, stage: int) -> float:
     copies = config.stage2.noise_copies
     times = 1 + copies * (latents // config.dit.block_size if config.stage2.time_per == "block" else 1)
     prior = dit.forward_flops(config.dit, latents, 1 + copies, times) / config.vae.patch_size
+    if config.dit.self_conditioning:
+        prior *= 4 / 3  # the pass before, forward only
     if config.stage2.strategy == "fix_vae":
         return encoder + 3 * prior
     reference = encoder if config.stage2.reference_weight else 0.0

@@ -57,6 +57,7 @@ class ColaDLM(nn.Module):
         segment_ids: Int[Array, "B N"] | None = None,
         drop_history: Bool[Array, "B G"] | None = None,
         plan: BlockPlan | None = None,
+        estimate: Float[Array, "B Q D"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Velocity ``v(z_t, t)`` of normalised latents.
 
@@ -66,12 +67,16 @@ class ColaDLM(nn.Module):
             equal stretches.
           history: None: ``latents`` attend to each other block-causally. Given, the training layout: each
             noisy block attends to the strictly earlier clean blocks of ``history`` and to itself.
-          pinned, segment_ids, drop_history, plan: see `BlockCausalDiT`.
+          pinned, segment_ids, drop_history, plan, estimate: see `BlockCausalDiT`.
         """
         times = times[:, None] if times.ndim == 1 else times
         if history is None:
-            return self.dit(latents, times, pinned, segment_ids, plan)
-        return self.dit.denoise(latents, times, history, pinned, segment_ids, drop_history, plan)
+            return self.dit(latents, times, pinned, segment_ids, plan, estimate)
+        return self.dit.denoise(latents, times, history, pinned, segment_ids, drop_history, plan, estimate)
+
+    def first_estimate(self, latents, times, history, pinned=None, segment_ids=None, drop_history=None, plan=None):
+        """See `BlockCausalDiT.first_estimate`."""
+        return self.dit.first_estimate(latents, times, history, pinned, segment_ids, drop_history, plan)
 
     def prefill(self, latents, segment_ids, plan=None, decoder_plan=None):
         """Caches of prior and decoder that hold the latents of prompts; see `BlockCausalDiT.prefill`."""
@@ -86,11 +91,9 @@ class ColaDLM(nn.Module):
         """The prior's cache of clean latents; see `BlockCausalDiT.prefill`."""
         return self.dit.prefill(latents, segment_ids, plan)
 
-    def extend(
-        self, latents, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None, plan=None
-    ):
+    def extend(self, latents, time, positions, cache, cache_mask, *arguments, **named):
         """See `BlockCausalDiT.extend`."""
-        return self.dit.extend(latents, time, positions, cache, cache_mask, own_mask, pinned, modulations, plan)
+        return self.dit.extend(latents, time, positions, cache, cache_mask, *arguments, **named)
 
     def modulations(self, times):
         """See `BlockCausalDiT.modulations`."""

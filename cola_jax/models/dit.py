@@ -1,6 +1,8 @@
 """Block-causal diffusion transformer: the velocity of noisy latent blocks given clean earlier ones (SPEC 2, 9)."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax
 import flax.linen as nn
@@ -51,6 +53,9 @@ class DiTConfig:
     prediction_variance: float = setting(
         0.1, "'mean': variance of normalised latents around their means; exp(-vae.logsnr) where that is fixed", above=0
     )
+    self_conditioning: bool = setting(
+        False, "the network reads an estimate of the means, its own of a pass or step before; needs 'mean' [ours]"
+    )
     path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
     time_frequency: float = setting(
         1000.0, "highest angular frequency of the time features, radians over [0, 1]", above=0
@@ -69,6 +74,8 @@ class DiTConfig:
     def check_together(self, prefix: str) -> None:
         need = f"at most head_dim = {self.head_dim}"
         require(self.rope_dim <= self.head_dim, f"{prefix}rope_dim", self.rope_dim, need)
+        ok = not self.self_conditioning or self.prediction == "mean"
+        require(ok, f"{prefix}self_conditioning", True, "False where prediction is not 'mean'")
 
 
 def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:
@@ -101,6 +108,20 @@ class DiTContext:
     history_mask: Array | None = None  # [#B, N, M]
     index: Array | None = None  # row of the modulation tables
     stretches: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)  # None: equal ones
+
+
+class Extended(NamedTuple):
+    """What `BlockCausalDiT.extend` finds.
+
+    Attributes:
+      velocity: of the new latents.
+      keys_values: their keys and values, for the cache.
+      output: of the network, before it becomes a velocity: the estimate of the means for the next step.
+    """
+
+    velocity: Float[Array, "B Q D"]
+    keys_values: tuple
+    output: Float[Array, "B Q D"]
 
 
 class DiTLayer(nn.Module):
@@ -182,6 +203,8 @@ class BlockCausalDiT(nn.Module):
     def setup(self):
         config, dtype = self.config, self.dtype
         self.in_layer = Linear((config.dim,), ("latent", "embed"), dtype=dtype)
+        if config.self_conditioning:
+            self.estimate_in = Linear((config.dim,), ("latent", "embed"), use_bias=False, dtype=dtype)
         self.time_in = Linear((config.dim,), (None, "time"), dtype=dtype)
         self.time_hidden = Linear((config.dim,), ("time", None), dtype=dtype)
         self.time_out = Linear((config.time_dim,), (None, "time"), dtype=dtype)
@@ -221,8 +244,10 @@ class BlockCausalDiT(nn.Module):
     def _plan(self, plan: BlockPlan | None) -> BlockPlan:
         return plan or BlockPlan.equal(self.config.block_size)
 
-    def _input(self, latents, positions, plan: BlockPlan, drop_history=None):
+    def _input(self, latents, positions, plan: BlockPlan, drop_history=None, estimate=None):
         x = self.in_layer(latents)
+        if estimate is not None:
+            x = x + self.estimate_in(estimate)
         if self.config.block_position:
             index = plan.offset_of(positions) % self.config.block_size
             x = x + jnp.take(self.block_position.astype(x.dtype), index, axis=0)
@@ -252,17 +277,32 @@ class BlockCausalDiT(nn.Module):
         layer = DiTLayer(config, self.dtype, parent=None)
         return separate_layers(layer, self.variables["params"]["layers"], config.num_layers, config.remat)
 
+    def _fed_back(self, once: Callable, estimate, pinned=None):
+        """``once(estimate)``; where there is none and the network wants one, with that of a first pass.
+
+        Args:
+          once: estimate or None -> (velocity, .., output), one pass.
+          estimate: of the means; zero where there is none. Pinned positions never have one.
+          pinned: see `denoise`.
+        """
+        if not self.config.self_conditioning:
+            return once(None)
+        if estimate is None:
+            estimate = once(None)[-1]
+        return once(estimate if pinned is None else jnp.where(pinned[..., None], 0.0, estimate))
+
     def _output(self, x, latents, context: DiTContext, tables: ModulationTables | None = None):
+        """Velocity, and the output that it was made of."""
         values = self.out_modulation(context.time) if tables is None else table_rows(tables.output, context.index)
         pinned = None if context.pinned is None else context.pinned[:, -x.shape[1] :]
         shift, scale = spread(values, pinned, x.shape[1], 0, context.stretches)
         output = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
         if self.config.prediction == "velocity":
-            return output
+            return output, output
         values = context.coefficients if tables is None else table_rows(tables.coefficients, context.index)
         skip, gate = spread(values, pinned, x.shape[1], 0, context.stretches)
-        return skip * latents + gate * output
+        return skip * latents + gate * output, output
 
     def _angles(self, positions):
         return embeddings.rope_angles(positions, self.config.rope_dim, self.config.rope_theta)
@@ -274,6 +314,7 @@ class BlockCausalDiT(nn.Module):
         pinned: Bool[Array, "B N"] | None = None,
         segment_ids: Int[Array, "B N"] | None = None,
         plan: BlockPlan | None = None,
+        estimate: Float[Array, "B N D"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Velocity of a whole sequence under block-causal self-attention.
 
@@ -285,8 +326,13 @@ class BlockCausalDiT(nn.Module):
           segment_ids: document of each latent; latents see their own document only.
           plan: blocks; None: equal ones of ``config.block_size``. In a longer block the learned embedding of the
             index inside the block repeats itself after ``config.block_size`` positions.
+          estimate: see `denoise`.
         """
-        return self._sequence(latents, times, pinned, segment_ids, plan)[0]
+
+        def once(estimate):
+            return self._sequence(latents, times, pinned, segment_ids, plan, estimate)
+
+        return self._fed_back(once, estimate, pinned)[0]
 
     def prefill(
         self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"], plan: BlockPlan | None = None
@@ -294,14 +340,16 @@ class BlockCausalDiT(nn.Module):
         """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache (see `extend`)."""
         return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids, plan)[1]
 
-    def _sequence(self, latents, times, pinned, segment_ids, plan):
+    def _sequence(self, latents, times, pinned, segment_ids, plan, estimate=None):
+        """(velocity, keys and values, output) of one pass."""
         length, plan = latents.shape[1], self._plan(plan)
         positions = jnp.arange(length)[None]
         layout = attention.RowLayout(length, plan, segment_ids, self.config.attention_kernel)
         stretches = plan.stretches(length, times.shape[1])
         context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
-        x, kv = self._apply_layers(self._input(latents, positions, plan), None, context)
-        return self._output(x, latents, context), kv
+        x, kv = self._apply_layers(self._input(latents, positions, plan, None, estimate), None, context)
+        velocity, output = self._output(x, latents, context)
+        return velocity, kv, output
 
     def denoise(
         self,
@@ -312,6 +360,7 @@ class BlockCausalDiT(nn.Module):
         segment_ids: Int[Array, "B N"] | None = None,
         drop_history: Bool[Array, "B G"] | None = None,
         plan: BlockPlan | None = None,
+        estimate: Float[Array, "B Q D"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Velocity of noisy blocks, each against the clean blocks before it and itself (training layout).
 
@@ -323,7 +372,23 @@ class BlockCausalDiT(nn.Module):
           segment_ids: document of each latent of ``history``.
           drop_history: noisy blocks, G in all copies, that see no history and carry the no-history vector.
           plan: blocks of a copy; see `__call__`.
+          estimate: of the means of ``noisy``, which a network with ``config.self_conditioning`` reads (others ignore
+            it); None: its own, from a first pass without one.
         """
+
+        def once(estimate):
+            return self._denoise(noisy, times, history, pinned, segment_ids, drop_history, plan, estimate)
+
+        return self._fed_back(once, estimate, pinned)[0]
+
+    def first_estimate(
+        self, noisy, times, history, pinned=None, segment_ids=None, drop_history=None, plan=None
+    ) -> Float[Array, "B Q D"]:
+        """The network's output without an estimate; arguments as of `denoise`."""
+        return self._denoise(noisy, times, history, pinned, segment_ids, drop_history, plan)[1]
+
+    def _denoise(self, noisy, times, history, pinned, segment_ids, drop_history, plan, estimate=None):
+        """(velocity, output) of one pass."""
         (batch, total), length, plan = noisy.shape[:2], history.shape[1], self._plan(plan)
         copies = total // length
         stretches = plan.stretches(length, times.shape[1], copies)
@@ -343,7 +408,9 @@ class BlockCausalDiT(nn.Module):
         positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
         layout = attention.RowLayout(length, plan, ids, self.config.attention_kernel)
         context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
-        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, dropped)
+        if estimate is not None:
+            estimate = jnp.pad(estimate, ((0, 0), (length, 0), (0, 0)))
+        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, dropped, estimate)
         *first, last = self._separate() or (None,)
         if last is None:
             x, _ = self._apply_layers(x, None, context)
@@ -375,7 +442,8 @@ class BlockCausalDiT(nn.Module):
         pinned: Bool[Array, "B Q"] | None = None,
         modulations: ModulationTables | None = None,
         plan: BlockPlan | None = None,
-    ) -> tuple[Float[Array, "B Q D"], tuple]:
+        estimate: Float[Array, "B Q D"] | None = None,
+    ) -> Extended:
         """Velocity of new latents against cached clean blocks, and their keys and values.
 
         Args:
@@ -392,6 +460,7 @@ class BlockCausalDiT(nn.Module):
           pinned: latents at time 0.
           modulations: of `modulations`.
           plan: blocks of the sequence, for the index of a position inside its block; see `__call__`.
+          estimate: see `denoise`.
         """
         batch, length = latents.shape[:2]
         own_mask = visibility.block_causal(BlockPlan.equal(length), length) if own_mask is None else own_mask
@@ -408,9 +477,14 @@ class BlockCausalDiT(nn.Module):
             dropped = jnp.broadcast_to(jnp.arange(length)[None] >= seen, (batch, length))
         layers = None if modulations is None else modulations.layers
         layers = layers if self.stacked or layers is not None else (None,) * self.config.num_layers
-        x = self._input(latents, positions, self._plan(plan), dropped)
-        x, kv = self._apply_layers(x, (cache, layers), context)
-        return self._output(x, latents, context, modulations), kv
+
+        def once(estimate):
+            x = self._input(latents, positions, self._plan(plan), dropped, estimate)
+            x, kv = self._apply_layers(x, (cache, layers), context)
+            velocity, output = self._output(x, latents, context, modulations)
+            return Extended(velocity, kv, output)
+
+        return self._fed_back(once, estimate, pinned)
 
 
 def unstack(params: Params, num_layers: int) -> Params:

@@ -1,6 +1,7 @@
 """Stage 2: flow matching of the prior, with the VAE frozen or trained along (3.18)."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -69,6 +70,12 @@ class Stage2Config:
         0.05, "share of the blocks that keep a random proper prefix clean", at_least=0, at_most=1
     )
     history_dropout: float = setting(0.0, "share of the blocks that see no history", at_least=0, at_most=1)
+    self_conditioning: float = setting(
+        0.5,
+        "dit.self_conditioning: share of the sequences whose pass reads the estimate of another pass before it",
+        at_least=0,
+        at_most=1,
+    )
     noise_copies: int = setting(1, "noisy copies for each clean pass", at_least=1)
     path: str = setting("linear", "from data to noise (`flow.path`)", choices=tuple(PATHS))
     time_log_snr_min: float = setting(-10.0, "'uniform_log_snr': the log-SNRs of the path that are trained, from this")
@@ -221,7 +228,8 @@ def flow_terms(
     if draw.pinned is not None:
         noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
         counted = counted * ~draw.pinned
-    velocity = model.apply(
+    apply = functools.partial(
+        model.apply,
         params,
         noisy,
         draw.times,
@@ -229,8 +237,13 @@ def flow_terms(
         pinned=draw.pinned,
         segment_ids=segments,
         drop_history=draw.dropped,
-        method="velocity",
     )
+    if model.dit_config.self_conditioning:
+        reads = rng.uniform(rng.fold_in(keys, 1), (1, 1)) < stage.self_conditioning
+        estimate = jnp.where(reads, jax.lax.stop_gradient(apply(method="first_estimate")), 0.0)
+        velocity = apply(estimate=estimate, method="velocity")
+    else:
+        velocity = apply(method="velocity")
     error = jnp.mean(jnp.square(velocity - target), axis=-1)
     times = times[..., 0]
     out = {

@@ -111,6 +111,7 @@ _OURS = {
         "no_history_vector": False,
         "rope_theta": _ROPE_THETA,
         "prediction": "velocity",
+        "self_conditioning": False,
         "time_frequency": 1000.0,
     },
 }

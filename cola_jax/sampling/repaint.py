@@ -24,10 +24,10 @@ def repaint(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Ca
     times, known, guided = jnp.asarray(plan.times), block.known[..., None], jnp.array(plan.guided)
 
     def velocity(z, index, step):
-        v = prior.velocity(cache, z, index, any(plan.guided))
+        v, _ = prior.velocity(cache, z, index, any(plan.guided))
         if len(set(plan.guided)) == 1:
             return v
-        return jnp.where(guided[step], v, prior.velocity(cache, z, index, False))
+        return jnp.where(guided[step], v, prior.velocity(cache, z, index, False)[0])
 
     def denoise_and_renoise(z, values):
         index, cycle, count = values

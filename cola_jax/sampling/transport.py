@@ -74,37 +74,50 @@ class GuidedPrior(NamedTuple):
     block: NextBlock
     pinned: Array
 
-    def _extend(self, cache: Cache, latents, time, positions, pinned, cache_mask, own_mask, guided: bool):
-        """One pass, where ``guided`` with a copy of the last block without history behind the rest."""
+    def _extend(self, cache: Cache, latents, time, positions, pinned, cache_mask, own_mask, guided: bool, estimate):
+        """One pass, where ``guided`` with a copy of the last block without history behind the rest.
+
+        Returns velocity and output of the last block, and the keys and values of all.
+        """
         block, settings = self.plan.model.dit_config.block_size, self.plan.settings
         if guided:
             latents, positions, pinned = (
                 jnp.concatenate([x, x[:, -block:]], axis=1) for x in (latents, positions, pinned)
             )
+        if estimate is not None:  # of the block, in both branches; the block that is committed has none
+            estimate = jnp.concatenate([estimate, estimate], axis=1) if guided else estimate
+            estimate = jnp.pad(estimate, ((0, 0), (latents.shape[1] - estimate.shape[1], 0), (0, 0)))
         if settings.rotary_period is not None:
             positions = positions % settings.rotary_period
-        velocity, kv = self.plan.model.apply(
+        found = self.plan.model.apply(
             self.precomputed.params, latents, time, positions, cache, cache_mask, own_mask, pinned,
-            self.precomputed.modulations, method="extend",
+            self.precomputed.modulations, estimate=estimate, method="extend",
         )  # fmt: skip
         if not guided:
-            return velocity[:, -block:], kv
-        conditional, free = velocity[:, -2 * block : -block], velocity[:, -block:]
+            return found.velocity[:, -block:], found.output[:, -block:], found.keys_values
         has_history = jnp.any(self.block.cache_mask, axis=1)[:, None, None]  # else both branches coincide
-        return jnp.where(has_history, guidance.guide(free, conditional, settings.guidance_scale), conditional), kv
+
+        def guide(x):
+            conditional, free = x[:, -2 * block : -block], x[:, -block:]
+            return jnp.where(has_history, guidance.guide(free, conditional, settings.guidance_scale), conditional)
+
+        return guide(found.velocity), guide(found.output), found.keys_values
 
     def _own(self, length: int):
         return visibility.block_causal(BlockPlan.equal(self.plan.model.dit_config.block_size), length)
 
-    def velocity(self, cache: Cache, z, time, guided: bool):
-        """Velocity of the block at a time, or at the index of a time in the grid; zero where it is pinned."""
+    def velocity(self, cache: Cache, z, time, guided: bool, estimate=None):
+        """(velocity, output) of the block at a time, or at the index of a time in the grid; v is zero where pinned.
+
+        ``estimate``: of the means, from the step before; None: a network that wants one makes its own.
+        """
         b = self.block
         own = self._own(z.shape[1])
-        v, _ = self._extend(cache, z, time, b.positions, self.pinned, b.cache_mask, own, guided)
-        return jnp.where(self.pinned[..., None], 0.0, v)
+        v, output, _ = self._extend(cache, z, time, b.positions, self.pinned, b.cache_mask, own, guided, estimate)
+        return jnp.where(self.pinned[..., None], 0.0, v), output
 
     def commit(self, cache: Cache, z=None, guided: bool = False):
-        """The cache with the block before in it; with ``z``, the same pass gives the velocity at the first time."""
+        """The cache with the block before in it; with ``z``, the same pass gives `velocity` at the first time."""
         b, size = self.block, self.plan.model.dit_config.block_size
         positions, pinned = b.positions - size, jnp.ones_like(b.known)
         visible = _shifted(b.cache_mask, positions)
@@ -117,10 +130,15 @@ class GuidedPrior(NamedTuple):
         earlier = b.cache_mask & (jnp.arange(b.cache_mask.shape[1])[None] < positions[:, :1])
         own = self._own(latents.shape[1]) & visible[:, None, :]
         time = jnp.asarray(self.plan.times)[0] if self.precomputed.modulations is None else jnp.int32(0)
-        v, kv = self._extend(cache, latents, time, positions, pinned, earlier, own, guided)
+        estimate = self.no_estimate(latents if z is None else z)
+        v, output, kv = self._extend(cache, latents, time, positions, pinned, earlier, own, guided, estimate)
         new = jax.tree.map(lambda x: x[..., :size, :, :], kv)
         cache = caches.commit(cache, new, positions[:, 0])
-        return cache, (None if z is None else jnp.where(self.pinned[..., None], 0.0, v))
+        return cache, (None if z is None else (jnp.where(self.pinned[..., None], 0.0, v), output))
+
+    def no_estimate(self, z):
+        """What the first step gives the network in place of an estimate of the step before."""
+        return jnp.zeros_like(z) if self.plan.model.dit_config.self_conditioning else None
 
 
 def _shifted(mask, positions):
@@ -142,23 +160,28 @@ def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cach
         cache, _ = prior.commit(cache)
         return solve.integrate(_field(prior, cache), z, times, settings.solver), cache, None
 
-    cache, v = prior.commit(cache, z, guided[0])
+    feeds_back = plan.model.dit_config.self_conditioning
+    cache, first = prior.commit(cache, z, guided[0])
 
-    def advance(z, index, guided: bool, v=None):
-        """(latents after the step, estimate of the data before it)."""
-        v = prior.velocity(cache, z, index, guided) if v is None else v
+    def advance(carried, index, guided: bool, found=None):
+        """((latents after the step, estimate of the means), estimate of the data before it)."""
+        z, estimate = carried
+        v, output = prior.velocity(cache, z, index, guided, estimate) if found is None else found
+        estimate = output if feeds_back else None
         now, later = times[index], times[index + 1]
         z_later = solve.step(
-            settings.solver, lambda z, _: prior.velocity(cache, z, index + 1, guided), z, now, later, v
-        )
-        return z_later, (path.to_data(plan.path, z, v, now) if estimates else None)
+            settings.solver,
+            lambda z, _: prior.velocity(cache, z, index + 1, guided, estimate)[0],
+            z, now, later, v,
+        )  # fmt: skip
+        return (z_later, estimate), (path.to_data(plan.path, z, v, now) if estimates else None)
 
-    z, first = advance(z, jnp.int32(0), guided[0], v)
-    guesses = [] if first is None else [first[None]]
+    carried, guess = advance((z, None), jnp.int32(0), guided[0], first)
+    guesses = [] if guess is None else [guess[None]]
     for stretch, group in itertools.groupby(range(1, settings.steps), key=lambda i: guided[i]):
-        z, more = jax.lax.scan(lambda z, i, on=stretch: advance(z, i, on), z, jnp.array(list(group)))
+        carried, more = jax.lax.scan(lambda c, i, on=stretch: advance(c, i, on), carried, jnp.array(list(group)))
         guesses += [] if more is None else [more]
-    return z, cache, (jnp.concatenate(guesses) if guesses else None)
+    return carried[0], cache, (jnp.concatenate(guesses) if guesses else None)
 
 
 def _field(prior: GuidedPrior, cache: Cache) -> solve.Velocity:
@@ -167,9 +190,9 @@ def _field(prior: GuidedPrior, cache: Cache) -> solve.Velocity:
     needs, interval = settings.guidance_scale != 1.0, settings.guidance_interval
 
     def velocity(z, t):
-        v = prior.velocity(cache, z, t, needs)
+        v, _ = prior.velocity(cache, z, t, needs)
         if not needs or interval == (0.0, 1.0):
             return v
-        return jnp.where(guidance.acts(t, interval), v, prior.velocity(cache, z, t, False))
+        return jnp.where(guidance.acts(t, interval), v, prior.velocity(cache, z, t, False)[0])
 
     return velocity

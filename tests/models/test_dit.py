@@ -26,6 +26,7 @@ LENGTH, BLOCKS = 12, 3
 NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
 OPTIONS = {"block_position": True, "no_history_vector": True, "qkv_bias": True}
 MEAN = OPTIONS | {"prediction": "mean", "prediction_variance": 0.2, "time_frequency": 30.0}
+FED_BACK = MEAN | {"self_conditioning": True}
 
 
 # Every argument is given in every call, so that one compiled program serves most tests.
@@ -126,7 +127,7 @@ def test_a_predicted_mean_makes_the_velocity():
     assert_close(at_data[:, 1], -NOISY[:, 1], 1e-6)
 
 
-@pytest.mark.parametrize(("stacked", "options"), [(True, OPTIONS), (False, OPTIONS), (False, MEAN)])
+@pytest.mark.parametrize(("stacked", "options"), [(True, OPTIONS), (False, OPTIONS), (False, MEAN), (False, FED_BACK)])
 def test_cached_blocks_equal_the_training_layout(stacked, options):
     """`prefill`, then `extend`; one sequence stands a block ahead of the other."""
     model, params = create(dit=options)
@@ -143,7 +144,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
         return jnp.take_along_axis(x, positions[..., None], axis=1)
 
     extend = functools.partial(apply, model, params, method="extend")
-    clean, new = extend(block(CLEAN), jnp.zeros(()), positions, cache, filled)
+    clean, new, _ = extend(block(CLEAN), jnp.zeros(()), positions, cache, filled, pinned=jnp.ones((2, BLOCK), bool))
     assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)), options=options)), 1e-5)
     for ours, all_at_once in zip(jax.tree.leaves(new), jax.tree.leaves(prefilled), strict=True):
         index = jnp.expand_dims(positions, (-2, -1))
@@ -151,7 +152,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
         assert_close(ours, jnp.take_along_axis(all_at_once, index, axis=-3), 1e-5)
     times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)[:, 0]
     expected = block(training(NOISY, TIMES, CLEAN, options=options))
-    noisy, _ = extend(block(NOISY), times, positions, cache, filled)
+    noisy, *_ = extend(block(NOISY), times, positions, cache, filled)
     assert_close(noisy, expected, 1e-5)
 
     # In one pass: the block before, clean and not in the cache yet; the block; and the block without a history.
@@ -161,7 +162,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
     earlier = jnp.arange(LENGTH)[None] < before[:, :1]
     together = jnp.concatenate([before, positions, positions], axis=1)
     own = visibility.block_causal(BlockPlan.equal(BLOCK), 2 * BLOCK)
-    out, _ = extend(latents, times, together, cache, earlier, own, pinned)
+    out, *_ = extend(latents, times, together, cache, earlier, own, pinned)
     assert_close(out[:, BLOCK : 2 * BLOCK], expected, 1e-5)
     dropped = training(NOISY, TIMES, CLEAN, dropped=jnp.ones((2, BLOCKS), bool), options=options)
     assert_close(out[:, 2 * BLOCK :], block(dropped), 1e-5)
@@ -169,7 +170,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
     # The same from a table of modulations.
     grid = jnp.concatenate([times[:1], jnp.zeros(1)])
     table = apply(model, params, grid, method="modulations")
-    from_table, _ = extend(latents, jnp.int32(0), together, cache, earlier, own, pinned, table)
+    from_table, *_ = extend(latents, jnp.int32(0), together, cache, earlier, own, pinned, table)
     assert_close(from_table[:1], out[:1], 1e-5)
 
 
