@@ -109,8 +109,10 @@ class GuidedPrior(NamedTuple):
     def velocity(self, cache: Cache, z, time, guided: bool, estimate=None):
         """(velocity, output) of the block at a time, or at the index of a time in the grid; v is zero where pinned.
 
-        ``estimate``: of the means, from the step before; None: a network that wants one makes its own.
+        ``estimate``: of the means, from the step before; None: for a network that wants one, from a pass without.
         """
+        if estimate is None and self.plan.model.dit_config.self_conditioning:
+            _, estimate = self.velocity(cache, z, time, guided, self.no_estimate(z))
         b = self.block
         own = self._own(z.shape[1])
         v, output, _ = self._extend(cache, z, time, b.positions, self.pinned, b.cache_mask, own, guided, estimate)
