@@ -35,6 +35,7 @@ class SampleConfig(configs.SampleConfig):
     """How a run of this family generates its samples and its closing report."""
 
     steps: int = like(sampling.Settings, "steps")
+    solver: str = like(sampling.Settings, "solver")
     guidance_scale: float = like(sampling.Settings, "guidance_scale", 2.0)
     pad_prompts: bool = setting(
         False, "fill a prompt's last block with padding that the model sees, as released code does"
@@ -211,6 +212,7 @@ def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
     sample = config.sample
     return sampling.Settings(
         steps=sample.steps,
+        solver=sample.solver,
         guidance_scale=sample.guidance_scale,
         max_new_tokens=sample.max_new_tokens,
         temperature=sample.temperature,

@@ -54,3 +54,23 @@ def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: 
     """
     skip, gate = mean_coefficients(path, jnp.broadcast_to(t, z_t.shape), jnp.broadcast_to(variance, z_t.shape))
     return skip * z_t + gate * mean
+
+
+def follow_mean(path: Path, z: Array, mean: Array, now: Array, later: Array, variance: float | Array) -> Array:
+    """The flow from one time to another while the predicted mean stays as it is, in closed form.
+
+    The standard score ``(z - signal m) / sqrt(s)`` is then constant, with s as in `mean_coefficients`: a step without
+    an error but that of the mean (an exponential integrator; with variance 0, DDIM's step).
+
+    Args:
+      path: between data and noise.
+      z: state at ``now``.
+      mean: predicted there.
+      now, later: flow times.
+      variance: of the latents around their means, above 0.
+    """
+
+    def spread(t):
+        return path.signal(t) ** 2 * variance + path.noise(t) ** 2
+
+    return path.signal(later) * mean + jnp.sqrt(spread(later) / spread(now)) * (z - path.signal(now) * mean)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cola_jax import rng
-from cola_jax.flow import solve
 from cola_jax.models import dit
 from cola_jax.models.cola import ColaDLM
 from cola_jax.sampling import cache as caches
@@ -67,7 +66,7 @@ _unstack = jax.jit(dit.unstack, static_argnums=1)
 @functools.partial(jax.jit, static_argnums=0)
 def tabulate(plan: Plan, params: Params) -> Precomputed:
     """The parameters with the modulations of the plan's times."""
-    if plan.settings.solver not in solve.STEPPERS:
+    if not plan.settings.on_grid:
         return Precomputed(params, None)
     return Precomputed(params, plan.model.apply(params, jnp.asarray(plan.times), method="modulations"))
 

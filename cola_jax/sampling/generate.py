@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 
 from cola_jax import rng, sharding
 from cola_jax.models.cola import ColaDLM
-from cola_jax.sampling import blocks, conditioning
-from cola_jax.sampling.blocks import Generation, Plan
+from cola_jax.sampling import blocks, conditioning, transport
+from cola_jax.sampling.blocks import Generation
 from cola_jax.sampling.conditioning import Ids
 from cola_jax.sampling.settings import Settings
+from cola_jax.sampling.transport import Plan
 from cola_jax.types import Key, Params, UserError
 
 
@@ -64,7 +65,7 @@ def _run(model, params, layout, settings, count: int, keys, noise, mesh: Mesh | 
             )
         count = min(count, noise.shape[1])
     model, params = blocks.prepare(model, params)
-    plan = Plan(model, settings, count)
+    plan = transport.make_plan(model, settings, count)
     if mesh is None:
         return blocks.run(plan, params, layout, keys, noise)
     layout, keys, noise = jax.device_put((layout, keys, noise), sharding.batch_sharding(mesh))
@@ -227,7 +228,7 @@ def stream(
     keys = _keys(key, settings, len(prompts), sample_ids, None)
     layout = conditioning.prompts(model, prompts, settings)
     model, params = blocks.prepare(model, params)
-    plan = Plan(model, settings, _block_count(model, settings, settings.max_new_tokens))
+    plan = transport.make_plan(model, settings, _block_count(model, settings, settings.max_new_tokens))
     return _stream(plan, blocks.tabulate(plan, params), blocks.start(plan, params, layout, keys), estimates)
 
 
@@ -297,7 +298,7 @@ def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tupl
     width = max(conditioning.prompts(model, [prompt], settings).tokens.shape[1] for prompt in prompts)
     count = _block_count(model, settings, settings.max_new_tokens)
     model, params = blocks.prepare(model, params)
-    plan = Plan(model, settings, count)
+    plan = transport.make_plan(model, settings, count)
     weights = blocks.tabulate(plan, params)
 
     def begin(indices: list[int]):

@@ -11,6 +11,8 @@ from cola_jax.flow.path import PATHS
 
 CONDITIONINGS = ("clean", "repaint", "left_pad", "right_pad")
 PRIORS = ("flow", "normal")
+# "exponential": exact while the predicted mean stays as it is (`flow.prediction.follow_mean`).
+SOLVERS = (*solve.SOLVERS, "exponential")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,11 @@ class Settings:
     """
 
     steps: int = setting(16, "steps of the solver in each block", at_least=1)
-    solver: str = setting("euler", "heun: two evaluations a step; the others: diffrax's", choices=tuple(solve.SOLVERS))
+    solver: str = setting(
+        "euler",
+        "heun: two evaluations a step; exponential: one, for models that predict means; the others: diffrax's",
+        choices=SOLVERS,
+    )
     time_shift: float = setting(
         1.0, "1: even steps; above: more of them near the noise, below: near the data (`flow.solve.Grid`)", above=0
     )
@@ -90,6 +96,11 @@ class Settings:
     def times(self) -> np.ndarray:
         """The grid of flow times, ``steps + 1`` of them."""
         return solve.Grid(self.time_shift, start=self.start_time).times(self.steps).astype(np.float32)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the solver needs the velocity at the times of the grid only."""
+        return self.solver in (*solve.STEPPERS, "exponential")
 
     @property
     def guided(self) -> list[bool]:

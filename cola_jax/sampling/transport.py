@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cola_jax.flow import guidance, path, solve
+from cola_jax.flow import guidance, path, prediction, solve
 from cola_jax.flow.path import PATHS, Path
 from cola_jax.models.cola import ColaDLM
 from cola_jax.nn import visibility
@@ -17,7 +17,7 @@ from cola_jax.nn.visibility import BlockPlan
 from cola_jax.sampling import cache as caches
 from cola_jax.sampling.cache import Cache
 from cola_jax.sampling.settings import Settings
-from cola_jax.types import Params
+from cola_jax.types import Params, UserError
 
 
 class Precomputed(NamedTuple):
@@ -48,6 +48,13 @@ class Plan(NamedTuple):
     @property
     def path(self) -> Path:
         return PATHS[self.settings.path]
+
+
+def make_plan(model: ColaDLM, settings: Settings, blocks: int) -> Plan:
+    """The plan; raises UserError for settings that the model does not have."""
+    if settings.solver == "exponential" and model.dit_config.prediction != "mean":
+        raise UserError("sampling solver = 'exponential': must be another one, since dit.prediction is not 'mean'")
+    return Plan(model, settings, blocks)
 
 
 class NextBlock(NamedTuple):
@@ -158,7 +165,7 @@ def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cach
     settings, guided = plan.settings, plan.guided
     prior = GuidedPrior(plan, precomputed, block, block.known)
     times = jnp.asarray(plan.times)
-    if settings.solver not in solve.STEPPERS:
+    if not settings.on_grid:
         cache, _ = prior.commit(cache)
         return solve.integrate(_field(prior, cache), z, times, settings.solver), cache, None
 
@@ -171,11 +178,16 @@ def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cach
         v, output = prior.velocity(cache, z, index, guided, estimate) if found is None else found
         estimate = output if feeds_back else None
         now, later = times[index], times[index + 1]
-        z_later = solve.step(
-            settings.solver,
-            lambda z, _: prior.velocity(cache, z, index + 1, guided, estimate)[0],
-            z, now, later, v,
-        )  # fmt: skip
+        if settings.solver == "exponential":
+            variance = plan.model.dit_config.prediction_variance
+            z_later = prediction.follow_mean(plan.path, z, output, now, later, variance)
+            z_later = jnp.where(prior.pinned[..., None], z, z_later)
+        else:
+            z_later = solve.step(
+                settings.solver,
+                lambda z, _: prior.velocity(cache, z, index + 1, guided, estimate)[0],
+                z, now, later, v,
+            )  # fmt: skip
         return (z_later, estimate), (path.to_data(plan.path, z, v, now) if estimates else None)
 
     carried, guess = advance((z, None), jnp.int32(0), guided[0], first)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models.tiny_models import normal
 
-from cola_jax.flow import prediction
+from cola_jax.flow import prediction, solve
 from cola_jax.flow.path import PATHS, interpolate
 from tests.flow.gaussian import CURVES
 
@@ -43,7 +43,9 @@ def test_the_target_is_the_mean_of_the_sampled_one(path):
     mean, deviation = 0.7, VARIANCE**0.5
     z0 = mean + deviation * np.asarray(normal(count, seed=1), np.float32)
     z_t, u = interpolate(PATHS[path], jnp.asarray(z0), normal(count, seed=2), jnp.float32(t))
-    target = prediction.posterior_velocity(PATHS[path], z_t, jnp.float32(t), jnp.full(count, mean), jnp.full(count, VARIANCE))
+    target = prediction.posterior_velocity(
+        PATHS[path], z_t, jnp.float32(t), jnp.full(count, mean), jnp.full(count, VARIANCE)
+    )
     residual = np.asarray(u - target, np.float64)
     centred = np.asarray(z_t, np.float64) - np.mean(z_t)
     for product in (residual, residual * centred):
@@ -68,3 +70,18 @@ def test_coefficients_have_finite_slopes_everywhere():
             jnp.asarray(TIMES, jnp.float32)
         )
         assert np.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("now", "later"), [(1.0, 0.0), (0.8, 0.3), (0.1, 0.6)])
+def test_following_the_mean_is_the_flow_in_small_steps(path, now, later):
+    z, mean = normal(6), normal(6, seed=1)
+
+    def velocity(z, t):
+        skip, gate = prediction.mean_coefficients(PATHS[path], t, VARIANCE)
+        return skip * z + gate * mean
+
+    times = jnp.linspace(now, later, 201)
+    small = solve.integrate(velocity, z, times, "dopri5")
+    found = prediction.follow_mean(PATHS[path], z, mean, jnp.float32(now), jnp.float32(later), VARIANCE)
+    np.testing.assert_allclose(found, small, atol=1e-5)

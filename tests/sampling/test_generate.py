@@ -41,6 +41,7 @@ WAYS = {
     "late guidance": {"guidance_interval": (0.0, 0.7)},
     "heun": {"solver": "heun"},
     "midpoint": {"solver": "midpoint"},
+    "exponential": {"solver": "exponential"},
     "shifted": {"time_shift": 3.0},
     "left_pad": {"conditioning": "left_pad"},
     "right_pad": {"conditioning": "right_pad"},
@@ -134,6 +135,10 @@ def reference(name, prompt, noise, settings, keys=None):
             v = velocity(z + (later - now) / 2 * v, here, pinned, (now + later) / 2)
         if settings.solver == "heun":
             v = (v + velocity(z + (later - now) * v, here, pinned, later, found)) / 2
+        if settings.solver == "exponential":
+            at, then = ((1 - t) ** 2 * model.dit_config.prediction_variance + t**2 for t in (now, later))
+            moved = (1 - later) * found + np.sqrt(then / at) * (z - (1 - now) * found)
+            return np.where(pinned[here][:, None], z, moved), found
         return z + (later - now) * v, found
 
     def repaint(z, here, key):
@@ -191,11 +196,13 @@ IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint", "repaint, m =
             name,
             way,
             marks=()
-            if (name, way) in (("patch1", "guidance 3"), ("fed back", "guidance 3"), *(("patch2", w) for w in IN_SHORT))
+            if (name, way)
+            in (("patch1", "guidance 3"), ("fed back", "exponential"), *(("patch2", w) for w in IN_SHORT))
             else pytest.mark.slow,
         )
         for name in MODELS
         for way in WAYS
+        if way != "exponential" or name == "fed back"
     ],
 )
 def test_generation_equals_a_loop_without_caches(name, way):
@@ -415,6 +422,16 @@ def test_a_bad_setting_is_told(changes, message):
     with pytest.raises(UserError) as error:
         sampling.generate(model, params, [[1]], Settings(**changes), key=jax.random.key(0))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("call", [sampling.generate, sampling.stream])
+def test_the_exponential_solver_needs_predicted_means(call):
+    model, params = create(*MODELS["patch1"])
+    with pytest.raises(UserError) as error:
+        list(call(model, params, [[1]], Settings(solver="exponential"), key=jax.random.key(0)))
+    assert (
+        str(error.value) == "sampling solver = 'exponential': must be another one, since dit.prediction is not 'mean'"
+    )
 
 
 @pytest.mark.parametrize(
