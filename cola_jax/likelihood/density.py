@@ -64,7 +64,7 @@ def block_velocity(
 
     def velocity(z, t):
         own = jnp.broadcast_to(real[None, None, :], (1, len(real), len(real)))
-        v, _ = model.apply(params, z[None], t, positions, cache, earlier, own, pinned[None], method="extend")
+        v = model.apply(params, z[None], t, positions, cache, earlier, own, pinned[None], method="extend")[0]
         return v[0]
 
     return velocity
