@@ -110,6 +110,39 @@ def test_an_empty_prefix_has_probability_one():
     assert found.iwae[1] != pytest.approx(whole.iwae[1])
 
 
+def test_effective_sample_size():
+    """By hand: (1 + 2 + 3)^2 / (1 + 4 + 9); equal weights; one that dominates. Below 10 the error means nothing."""
+    log_w = np.log([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [1e-30, 1e-30, 1.0]]) + 400
+    np.testing.assert_allclose(estimators.effective_sample_size(log_w), [36 / 14, 3, 1])
+    weights = np.ones((2, 12)) + np.arange(12) * np.array([[0.1], [10.0]])
+    blocks = estimators.BlockTerms(*[np.zeros((2, 1))] * 3)
+    exact = Settings(divergence="exact")
+    found = estimators._likelihood(np.log(weights), np.ones((2, 12), bool), np.ones((2, 12)), blocks, np.ones(2), exact)
+    np.testing.assert_allclose(found.ess, weights.sum(1) ** 2 / (weights**2).sum(1))
+    assert found.ess[0] > 10 > found.ess[1]
+    np.testing.assert_allclose(found.iwae, np.log(weights.mean(1)))
+    error = weights[0].std(ddof=1) / np.sqrt(12) / weights[0].mean()
+    np.testing.assert_allclose(found.iwae_error, [error, np.nan])
+
+
+def test_iwae_is_given_only_where_it_is_a_bound():
+    """Hutchinson's noise enters an exponential: with q = p its IWAE would lie above log p."""
+    model, text = toy.create(), toy.texts()
+    for divergence in ("exact", "hutchinson"):
+        settings = dataclasses.replace(COARSE, samples=40, divergence=divergence)
+        found = likelihood.log_likelihood(model, toy.PARAMS, text, settings, KEY)
+        assert np.all(np.isnan(found.iwae) == (divergence != "exact"))
+        assert np.all(np.isfinite(found.elbo)) and np.all((found.ess >= 1) & (found.ess <= 40))
+    assert np.all(np.isnan(found.iwae_error))
+
+
+def test_a_prefix_that_ends_inside_a_block_has_no_plug_in_score(tiny):
+    with pytest.raises(UserError) as error:
+        likelihood.conditional(*tiny, [[1, 2, 3, 4], [1, 2, 3, 4, 5]], [[1], [1]], TINY, KEY)
+    message = "example 1: prefix of 5 tokens ends inside a block of 4; it must be a multiple of 4"
+    assert str(error.value) == message
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_models.create(vae={"scale": 1.5, "shift": 0.2})
@@ -164,7 +197,7 @@ def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
     assert not steps.failed.any()
     terms = [np.zeros((3, 2)), np.array([[True, True], [True, False], [True, True]]), np.ones((3, 2))]
     blocks = estimators.BlockTerms(*[np.ones((3, 2))] * 3)
-    found = estimators._likelihood(*terms, blocks, np.ones(3))
+    found = estimators._likelihood(*terms, blocks, np.ones(3), dataclasses.replace(settings, divergence="exact"))
     np.testing.assert_array_equal(np.isnan(found.elbo), [False, True, False])
     np.testing.assert_array_equal(np.isnan(found.iwae), [False, True, False])
     np.testing.assert_array_equal(found.failed, [0, 1, 0])
