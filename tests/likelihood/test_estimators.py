@@ -1,6 +1,7 @@
 """ELBO and IWAE against an enumerable model; invariances; bad input."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from cola_jax import likelihood, sharding
 from cola_jax.config import TrainConfig
 from cola_jax.likelihood import Settings, estimators, weights
+from cola_jax.likelihood.rows import make_rows
 from cola_jax.types import UserError
 from tests.likelihood import toy
 from tests.models import tiny_models
@@ -182,6 +184,37 @@ def test_a_mesh_changes_nothing(tiny, batch, scored):
     found = run((model, on_mesh), batch, mesh=mesh)  # three rows on two devices
     np.testing.assert_allclose(found.log_weights, scored.log_weights, rtol=1e-4)
     np.testing.assert_allclose(found.blocks.posterior, scored.blocks.posterior, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["causal", "block_causal"])
+def test_a_response_does_not_reach_the_latents_of_its_prefix(attention):
+    """Nor in the block of the VAE that the prefix ends inside, where a block-causal encoder sees what follows."""
+    model, params = tiny_models.create(vae={"attention": attention, "block_size": 4})
+    text = np.array(tiny_models.tokens(2, 12, seed=3))
+    text[1, :6] = text[0, :6]  # the same prefix, another response
+    encode = functools.partial(tiny_models.quickly, weights.encode, model, params)
+    found = encode(make_rows(model, text, prefix=[6, 6]))
+    for value in found:
+        np.testing.assert_array_equal(value[0, :6], value[1, :6])
+        assert np.all(np.any(value[0, 6:] != value[1, 6:], axis=-1))
+    # What is given is encoded as a prompt is, alone; the rest as the text is, whole.
+    alone = encode(make_rows(model, text[:, :6]))
+    whole = encode(make_rows(model, text))
+    for value, prompt, full in zip(found, alone, whole, strict=True):
+        np.testing.assert_allclose(value[:, :6], prompt[:, :6], atol=1e-5)
+        np.testing.assert_allclose(value[:, 6:], full[:, 6:], atol=1e-5)
+
+
+def test_a_causal_encoder_runs_once():
+    """The prefix needs a pass of its own only where the encoder could see the response."""
+    text = np.asarray(tiny_models.tokens(1, 8))
+    passes = {}
+    for attention in ("causal", "block_causal"):
+        model, params = tiny_models.create(vae={"attention": attention, "block_size": 4})
+        rows = make_rows(model, text, prefix=[4])
+        program = str(jax.make_jaxpr(lambda p, rows=rows, model=model: weights.encode(model, p, rows))(params))
+        passes[attention] = program.count("dot_general")
+    assert passes["block_causal"] == 2 * passes["causal"]
 
 
 def test_samples_differ_and_share_one_program(tiny, batch, scored):
