@@ -165,6 +165,18 @@ def test_measures(run, cache, tmp_path):
     assert "64 rademacher" in call(cache, "likelihood.py", *arguments, "--part=probes")
 
 
+def test_measures_the_prior(run, cache, tmp_path):
+    file = tmp_path / "prior.json"
+    arguments = (f"--checkpoint={run}", "--solver=heun", "--steps=2", "--count=3", f"--json={file}")
+    said = call(cache, "likelihood.py", *arguments, "--part=prior")
+    found = json.loads(file.read_text())
+    assert [row["time"] for row in found["field"]] == [0, 0.02, 0.1, 0.3, 0.7]
+    assert [row["start"] for row in found["split"]] == [0, 0.02, 0.05, 0.1, 0.2, 0.3]
+    assert all(row["error"]["mean"] > 0 for row in found["field"])
+    assert all(row["mismatch"]["mean"] < row["excess"]["mean"] for row in found["split"])  # on stories: less the rate
+    assert said.count("field at t = ") == 5 and said.count("exact flow below t = ") == 6
+
+
 def test_notebook(run, monkeypatch):
     """Every code cell of colabs/likelihood.ipynb, with two tiny runs."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
