@@ -4,12 +4,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cola_jax import likelihood, sharding
 from cola_jax.config import TrainConfig
-from cola_jax.likelihood import Settings, estimators, weights
+from cola_jax.likelihood import Settings, density, estimators, weights
 from cola_jax.likelihood.rows import make_rows
 from cola_jax.types import UserError
 from tests.likelihood import toy
@@ -222,6 +223,30 @@ def test_samples_differ_and_share_one_program(tiny, batch, scored):
     before = weights.terms._cache_size()
     run(tiny, batch, dataclasses.replace(TINY, rows=2))  # one sample at a time, four of them
     assert weights.terms._cache_size() <= before + 1
+
+
+def test_probes_have_keys_of_their_own(tiny, batch, monkeypatch):
+    """A key for each block of each sample of each row, none of them one that latents were drawn from."""
+    model, params = tiny
+    rows = jax.tree.map(jnp.asarray, make_rows(model, *batch))
+    posterior = tiny_models.quickly(weights.encode, model, params, rows)
+    seen = []
+
+    def log_prob(model, params, z, settings, keys, segments, given):
+        seen.append((z, keys))
+        blocks = jnp.zeros(keys.shape)
+        return density.Density(blocks, z, blocks == 0, blocks.astype(jnp.int32))
+
+    monkeypatch.setattr(weights.density, "log_prob", log_prob)
+    samples = jnp.arange(2)
+    weights.terms.__wrapped__(model, params, rows, TINY, posterior, KEY, samples)
+    ((z, keys),) = seen
+    assert keys.shape == (6, 3) and len(np.unique(jax.random.key_data(keys).reshape(18, -1), axis=0)) == 18
+    deviation = np.exp(0.5 * np.asarray(posterior.logvar)) * 1.5
+    noise = (z - np.repeat(model.normalize(posterior.mean), 2, axis=0)) / np.repeat(deviation, 2, axis=0)
+    drawn = jax.vmap(jax.vmap(lambda k: jax.random.normal(k, (tiny_models.BLOCK, tiny_models.CHANNELS))))(keys)
+    assert np.all(np.abs(np.asarray(noise).reshape(drawn.shape) - drawn).max(axis=(2, 3)) > 0.1)
+    assert len(np.unique(np.round(noise, 4))) > 0.95 * noise.size  # nor do blocks or samples share latents
 
 
 def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
