@@ -1,6 +1,9 @@
 """Measures the likelihood of a model of `stories`: its gap to the exact entropy, ranking, cost of the solvers.
 
+With --part=prior, for a model of any corpus: the error of the prior's field by time, and where its density is lost.
+
     python launch/likelihood.py --checkpoint=runs/quickstart --part=gap --count=64 --samples=1,10,100
+    python launch/likelihood.py --checkpoint=runs/quickstart --part=prior --count=64 --steps=24 --power=2
     python launch/likelihood.py --checkpoint=runs/quickstart --part=ranking --count=64 --samples=4
     python launch/likelihood.py --checkpoint=runs/quickstart --part=sweep --count=8
     python launch/likelihood.py --part=speed --config=configs/benchmark.py --solver=heun --steps=16 --samples=1
@@ -16,14 +19,16 @@ from pathlib import Path
 from absl import flags
 
 from cola_jax import cli, cli_settings, families
-from cola_jax.evaluation import likelihood
+from cola_jax.evaluation import likelihood, prior
 from cola_jax.likelihood import Settings
 from cola_jax.types import UserError
 
 _LOAD, _CONFIG = cli.checkpoint_flags(), cli.config_flag()
-_PART = flags.DEFINE_enum("part", "gap", ["gap", "ranking", "sweep", "probes", "speed"], "what to measure")
-_COUNT = flags.DEFINE_integer("count", 64, "held-out stories", lower_bound=2)
-_SAMPLES = flags.DEFINE_list("samples", "1,10", "K; the IWAE is given for each, the ELBO for the largest")
+_PART = flags.DEFINE_enum("part", "gap", ["gap", "ranking", "sweep", "probes", "prior", "speed"], "what to measure")
+_COUNT = flags.DEFINE_integer("count", 64, "held-out stories, or texts", lower_bound=2)
+_SAMPLES = flags.DEFINE_list(
+    "samples", "1,10", "K; the ELBO is given for the largest, the IWAE for each with --divergence=exact"
+)
 _SEED = flags.DEFINE_integer("seed", 1, "of all draws")
 _SETTINGS = cli_settings.scoring_flags(skip=("samples",))
 _JSON = flags.DEFINE_string("json", None, "file for the numbers")
@@ -39,6 +44,8 @@ def measure(run, settings: Settings, counts: list[int]) -> dict | list:
     if _PART.value in ("sweep", "probes"):
         found = getattr(likelihood, _PART.value)(run, settings, *arguments, log)
         return [row._asdict() | {"settings": dataclasses.asdict(row.settings)} for row in found]
+    if _PART.value == "prior":
+        return measure_prior(run, settings)
     if _PART.value == "ranking":
         found = likelihood.ranking(run, settings, *arguments)
         values = {name: {"mean": share.mean, "interval": share.interval} for name, share in found.items()}
@@ -50,10 +57,29 @@ def measure(run, settings: Settings, counts: list[int]) -> dict | list:
             log(f"{done}/{total} samples  ETA {left:.0f} s")
 
         found = likelihood.gap(run, settings, *arguments, counts, report)
+        if settings.divergence != "exact":
+            log(f"no IWAE with --divergence={settings.divergence}: it would be no bound; --divergence=exact gives it")
         values = {name: value._asdict() for name, value in found.items()}
     for name, value in found.items():
         log(f"{name}: {value}")
     return values
+
+
+def measure_prior(run, settings: Settings) -> dict:
+    """Field errors and the split by time, as JSON can hold them; logs each in a line."""
+    sample, found = prior.draw(run, _COUNT.value, _SEED.value), {"field": [], "split": []}
+    for when in prior.TIMES:
+        found["field"] += prior.field_error(run, sample, [when])
+        log(str(found["field"][-1]))
+    for when in prior.STARTS:
+        found["split"] += prior.split(run, sample, [when], settings)
+        log(str(found["split"][-1]))
+    return {name: [plain(row) for row in rows] for name, rows in found.items()}
+
+
+def plain(row) -> dict:
+    """A named tuple of numbers and means as JSON can hold it."""
+    return {name: value._asdict() if isinstance(value, tuple) else value for name, value in row._asdict().items()}
 
 
 def check_family(family: families.Family, flag: str) -> None:

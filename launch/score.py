@@ -3,7 +3,8 @@
     python launch/score.py --checkpoint=runs/quickstart --input=texts.jsonl --output=scores.jsonl --samples=10
 
 A line of the input is {"text": ...}, {"prefix": ..., "response": ...} or {"prefix": ..., "candidates": [...]}; a
-response follows its prefix as it is, with no space put between. Line i of the output belongs to line i of the input.
+response follows its prefix as it is, with no space put between. A prefix that ends inside a block of the prior has no
+plug-in score. Line i of the output belongs to line i of the input.
 The same command resumes a run that was stopped. docs/likelihood.md explains the fields.
 """
 

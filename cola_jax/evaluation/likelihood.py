@@ -60,27 +60,28 @@ def gap(run, settings: Settings, count: int, seed: int, counts: Sequence[int], r
     ``-ELBO = reconstruction + rate + mismatch``. The rate ``I_q(X; Z)`` lies between ``H(X) - reconstruction``
     (Barber and Agakov's bound) and H(X); H(X) is what is reported, so that rate and mismatch are uncertain by the
     reconstruction term. "filling" is the share of -ELBO of the blocks that hold nothing but end-of-text tokens.
+    "effective sample size" is no rate but a mean over stories, from 1 to K.
 
     Args:
       run: from `runs.load`.
       settings: K samples; see `Settings`.
       count: stories.
       seed: of the draws; the stories are those of the run.
-      counts: values of K of the IWAE, up to ``settings.samples``.
+      counts: values of K of the IWAE, up to ``settings.samples``; without the exact divergence it is left out.
       report: of `likelihood.log_likelihood`.
     """
-    texts = held_out(run, count, run.config.seed)
+    texts = held_out(run, count, run.config.data_seed)
     tokens, segments = likelihood.stack(texts.ids)
     key = rng.key(seed, "likelihood")
     found = likelihood.log_likelihood(run.model, run.params, tokens, settings, key, segments, report=report)
     size = run.model.dit_config.block_size * run.model.vae_config.patch_size
     last = -(-(texts.tokens - 1) // size)  # blocks with a token of the text
     filling = np.where(np.arange(found.blocks.elbo.shape[1])[None] >= last[:, None], -found.blocks.elbo, 0).sum(axis=1)
-    curve = likelihood.iwae_curve(found.log_weights, counts)
+    counts = counts if settings.divergence == "exact" else ()
     parts = {
         "entropy": -texts.log_prob,
         "-ELBO": -found.elbo,
-        **{f"-IWAE {k}": -curve[:, i] for i, k in enumerate(counts)},
+        **{f"-IWAE {k}": -likelihood.iwae_curve(found.log_weights, [k])[:, 0] for k in counts},
         "reconstruction": -found.reconstruction,
         "rate": -texts.log_prob,
         "mismatch": -found.elbo + found.reconstruction + texts.log_prob,
@@ -92,6 +93,7 @@ def gap(run, settings: Settings, count: int, seed: int, counts: Sequence[int], r
     if settings.samples > 1:
         error = np.sqrt(np.square(found.elbo_error).sum()) / texts.tokens.sum()
         out["Monte-Carlo error of -ELBO"] = Mean(float(error), 0.0)
+        out["effective sample size"] = per_token(found.ess, np.ones_like(found.ess))
     return out
 
 
@@ -102,14 +104,15 @@ def ranking(run, settings: Settings, count: int, seed: int) -> dict[str, Proport
     (p* = 0): only the global factor tells the two apart.
 
     Returns:
-      For the plug-in score (3.14) and the block-level score of the response (10.21-10.22): how often it is right.
+      For the plug-in score (3.14) and the block-level score of the response (10.21-10.22): how often it is right. The
+      plug-in score is left out where a first sentence ends inside a block, the IWAE without the exact divergence.
 
     Raises:
-      UserError: no story has such a partner.
+      UserError: no story has such a partner, or a score is not finite.
     """
     stories = Stories(run.config.data.stories)
-    documents = corpora.documents(run.config.data, "holdout", run.config.seed)
-    pool = held_out(run, max(count, min(4 * count, len(documents))), run.config.seed).texts
+    documents = corpora.documents(run.config.data, "holdout", run.config.data_seed)
+    pool = held_out(run, max(count, min(4 * count, len(documents))), run.config.data_seed).texts
     prefixes, responses = [], []
     for index in range(count):
         first = stories.first_sentence(pool[index])
@@ -130,13 +133,25 @@ def ranking(run, settings: Settings, count: int, seed: int) -> dict[str, Proport
         whole = packing.document_tokens(prefix + response, run.tokenizer, align).tolist()
         response_ids.append(whole[len(encode(prefix)) :])
     key, ids = rng.key(seed, "likelihood"), np.arange(len(prefixes)) // 2
-    plug_in = likelihood.conditional(run.model, run.params, prefix_ids, response_ids, settings, key, ids)
     tokens, segments = likelihood.stack([p + r for p, r in zip(prefix_ids, response_ids, strict=True)])
     lengths = [len(p) for p in prefix_ids]
     local = likelihood.log_likelihood(run.model, run.params, tokens, settings, key, segments, lengths, ids)
-    scores = {"plug-in ELBO": plug_in.elbo, "plug-in IWAE": plug_in.iwae, "response": local.elbo}
-    scores |= {"response IWAE": local.iwae, "response, prior term": local.prior}
-    return {name: Proportion(int((s[::2] > s[1::2]).sum()), len(s) // 2) for name, s in scores.items()}
+    scores, bound = {}, settings.divergence == "exact"
+    size = run.model.dit_config.block_size * run.model.vae_config.patch_size
+    if not any(length % size for length in lengths):
+        plug_in = likelihood.conditional(run.model, run.params, prefix_ids, response_ids, settings, key, ids)
+        scores |= {"plug-in ELBO": plug_in.elbo} | ({"plug-in IWAE": plug_in.iwae} if bound else {})
+    scores |= {"response": local.elbo} | ({"response IWAE": local.iwae} if bound else {})
+    scores["response, prior term"] = local.prior
+    return {name: _share(name, score) for name, score in scores.items()}
+
+
+def _share(name: str, scores: np.ndarray) -> Proportion:
+    """How often the first of two scores is the higher one; ties do not count as such."""
+    if bad := int((~np.isfinite(scores)).sum()):
+        need = "likelihood max_steps must be larger"
+        raise UserError(f"{name}: {bad} of {len(scores)} scores of the ranking are not finite; {need}")
+    return Proportion(int((scores[::2] > scores[1::2]).sum()), len(scores) // 2)
 
 
 class Setting(NamedTuple):
@@ -175,7 +190,7 @@ class Draw(NamedTuple):
 
 def draw(run, count: int, seed: int) -> Draw:
     """The posterior sample of the first held-out stories, and its probes, for `compare`."""
-    texts, model = held_out(run, count, run.config.seed), run.model
+    texts, model = held_out(run, count, run.config.data_seed), run.model
     made = rows.make_rows(model, *likelihood.stack(texts.ids))
     posterior = weights.encode(model, run.params, made)
     segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
@@ -192,8 +207,16 @@ def _solve(run, sample: Draw, settings: Settings) -> density.Density:
 
 
 def truth(run, sample: Draw, settings: Settings) -> np.ndarray:
-    """log p(z) of each sequence, [B], by the settings that errors are measured against."""
-    return np.asarray(_solve(run, sample, settings).log_prob, np.float64).sum(axis=1)
+    """log p(z) of each sequence, [B], nats, by the settings that errors are measured against.
+
+    Raises:
+      UserError: a solve ran out of steps.
+    """
+    found = _solve(run, sample, settings)
+    if bad := int((~np.asarray(found.ok).all(axis=1)).sum()):
+        what = f"the reference was not solved for {bad} of {len(sample.tokens)} sequences"
+        raise UserError(f"{what}; likelihood max_steps = {settings.max_steps}: must be larger")
+    return np.asarray(found.log_prob, np.float64).sum(axis=1)
 
 
 def compare(run, sample: Draw, settings: Settings, right: np.ndarray) -> Setting:

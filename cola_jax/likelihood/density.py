@@ -77,7 +77,7 @@ def draw_probes(key: Key, settings: Settings, shape: tuple[int, int]) -> Float[A
     return flow_density.draw_probes(key, shape, settings.probe, settings.probes, settings.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="start")
 def log_prob(
     model: ColaDLM,
     params: Params,
@@ -86,6 +86,8 @@ def log_prob(
     keys: Key | None = None,
     segment_ids: Int[Array, "B N"] | None = None,
     pinned: Bool[Array, "B N"] | None = None,
+    states: Float[Array, "B N D"] | None = None,
+    start: float = 0.0,
 ) -> Density:
     """``log p(z^(b) | z^(<b))`` of every block b of every sequence, in one solve.
 
@@ -98,6 +100,9 @@ def log_prob(
       segment_ids: 0 for padding, which follows the document; None: no padding. A block that the document ends
         inside has the density of its real positions alone.
       pinned: positions that are given, not scored: data at time 0, as generation keeps them after a prompt.
+      states: of the flow at time ``start``, whose density there is asked for, given the latents of earlier blocks;
+        None: the latents.
+      start: flow time of the states, below 1.
 
     Returns:
       A `Density`. A solve that fails has ``ok`` False; the others are not touched.
@@ -109,13 +114,14 @@ def log_prob(
     segments = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
     pinned = jnp.zeros((batch, length), bool) if pinned is None else pinned
     latents = latents.astype(dtype)
+    states = latents if states is None else states.astype(dtype)
     cache = model.apply(params, latents, segments, method="history")
 
     def block_log_prob(cache, index, z, real, pinned, key):
         free = real & ~pinned
         probes = None if key is None else draw_probes(key, settings, (size, channels))
         velocity = block_velocity(model, params, cache, index, real, pinned)
-        flow = flow_density.transport(velocity, z, settings.method, free=free, probes=probes)
+        flow = flow_density.transport(velocity, z, settings.method, start, free=free, probes=probes)
         return flow_density.log_prob(flow, free), flow
 
     per_block = jax.vmap(block_log_prob, in_axes=(None, 0, 0, 0, 0, None if keys is None else 0))
@@ -124,7 +130,7 @@ def log_prob(
     log_p, flow = per_sequence(
         cache,
         jnp.arange(blocks),
-        latents.reshape(*by_block, channels),
+        states.reshape(*by_block, channels),
         (segments > 0).reshape(by_block),
         pinned.reshape(by_block),
         keys,

@@ -29,6 +29,10 @@ class BlockTerms(NamedTuple):
         return self.reconstruction + self.prior - self.posterior
 
 
+# Effective samples below which the first-order error of the IWAE means nothing.
+_LEAST_ESS = 10
+
+
 class Likelihood(NamedTuple):
     """Estimates of log p(x), or of a response given a prefix, one for each example, in nats, float64.
 
@@ -37,7 +41,10 @@ class Likelihood(NamedTuple):
 
     Attributes:
       elbo: mean of log w (3.12), of which reconstruction + prior - posterior are the parts.
-      iwae: log of the mean of w.
+      iwae: log of the mean of w; nan with Hutchinson's divergence, whose noise enters the exponential, so that it
+        would be no bound.
+      iwae_error: nan where ``ess`` is below 10, too.
+      ess: effective sample size of the weights, ``(sum w)^2 / sum w^2``, from 1 to K.
       reconstruction: mean of log p(x|z).
       prior: mean of log p(z), normalised latents.
       posterior: mean of log q(z|x), normalised latents.
@@ -52,6 +59,7 @@ class Likelihood(NamedTuple):
     elbo_error: np.ndarray
     iwae: np.ndarray
     iwae_error: np.ndarray
+    ess: np.ndarray
     reconstruction: np.ndarray
     prior: np.ndarray
     posterior: np.ndarray
@@ -66,7 +74,8 @@ class Conditional(NamedTuple):
     """Scores of responses given prefixes (nats), [B].
 
     Attributes:
-      elbo, iwae: plug-in estimates ``log p(prefix, response) - log p(prefix)`` (3.14); no bounds.
+      elbo, iwae: plug-in estimates ``log p(prefix, response) - log p(prefix)`` (3.14); no bounds. The IWAE's is nan
+        where the `Likelihood`s have none.
       elbo_error, iwae_error: standard errors; the two estimates share their draws, which the ELBO's counts.
       joint, prefix: the two `Likelihood`s.
     """
@@ -84,6 +93,12 @@ def log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     peak = log_weights.max(axis=-1, keepdims=True)
     value = peak[..., 0] + np.log(np.mean(np.exp(log_weights - peak), axis=-1))
     return value, mean_error(np.exp(log_weights - value[..., None]))  # of weights with mean 1
+
+
+def effective_sample_size(log_weights: np.ndarray) -> np.ndarray:
+    """``(sum w)^2 / sum w^2`` over the last axis: from 1 (one weight is all) to K (all are equal)."""
+    w = np.exp(log_weights - log_weights.max(axis=-1, keepdims=True))
+    return np.square(w.sum(axis=-1)) / np.square(w).sum(axis=-1)
 
 
 def mean_error(values: np.ndarray) -> np.ndarray:
@@ -109,6 +124,9 @@ def log_likelihood(
     With ``prefix``, scores only what follows it: ``log p(x_res | z) + log p(z_res | z_pre) - log q(z_res | x)``, the
     block-level and local score (10.21-10.22, 5.2). In the block that a prefix ends inside, its positions are pinned
     to time 0, as in generation.
+
+    A row that ends inside a block has a log p that means something only if it is complete, ending with its ends of
+    text: training cuts no document there. It is computed all the same; `conditional` and `requests` refuse it.
 
     Args:
       model: a `ColaDLM` with a variational VAE.
@@ -148,7 +166,7 @@ def log_likelihood(
             report(min(int(samples[-1]) + 1, settings.samples), settings.samples)
     log_w, ok, steps = (np.concatenate(part, axis=1)[:count] for part in zip(*parts, strict=True))
     blocks = BlockTerms(*[m[:count] / settings.samples for m in means])
-    return _likelihood(log_w, ok, steps, blocks, scored)
+    return _likelihood(log_w, ok, steps, blocks, scored, settings)
 
 
 def _share_out(rows: Rows, mesh) -> Rows:
@@ -158,16 +176,18 @@ def _share_out(rows: Rows, mesh) -> Rows:
     return Rows(**sharding.put_batch(mesh, filled))
 
 
-def _likelihood(log_w, ok, steps, blocks: BlockTerms, tokens) -> Likelihood:
+def _likelihood(log_w, ok, steps, blocks: BlockTerms, tokens, settings: Settings) -> Likelihood:
     failed = (~ok).sum(axis=1)
     log_w = np.where((failed > 0)[:, None], math.nan, log_w)
     blocks = BlockTerms(*[np.where((failed > 0)[:, None], math.nan, part) for part in blocks])
-    iwae, iwae_error = log_mean_exp(log_w)
+    iwae, iwae_error = log_mean_exp(log_w if settings.divergence == "exact" else np.full_like(log_w, math.nan))
+    ess = effective_sample_size(log_w)
     return Likelihood(
         elbo=log_w.mean(axis=1),
         elbo_error=mean_error(log_w),
         iwae=iwae,
-        iwae_error=iwae_error,
+        iwae_error=np.where(ess < _LEAST_ESS, math.nan, iwae_error),
+        ess=ess,
         reconstruction=blocks.reconstruction.sum(axis=1),
         prior=blocks.prior.sum(axis=1),
         posterior=blocks.posterior.sum(axis=1),
@@ -210,6 +230,18 @@ def nothing_like(likelihood: Likelihood) -> Likelihood:
     return jax.tree.map(np.zeros_like, likelihood)
 
 
+def unknown(settings: Settings) -> Likelihood:
+    """One row of which nothing is known: nan everywhere, no failed solve; without blocks."""
+    nan, none = np.full(1, math.nan), BlockTerms(*[np.zeros((1, 0))] * 3)
+    values = dict.fromkeys(Likelihood._fields, nan) | {"tokens": np.zeros(1, int), "failed": np.zeros(1, int)}
+    return Likelihood(**(values | {"blocks": none, "log_weights": np.full((1, settings.samples), math.nan)}))
+
+
+def ends_inside_block(tokens: int, block: int) -> str:
+    """What is wrong with a row of so many tokens that is not complete; "" where it ends with a block of ``block``."""
+    return f"ends inside a block of {block}; it must be a multiple of {block}" if tokens % block else ""
+
+
 def plug_in(joint: Likelihood, prefix: Likelihood) -> Conditional:
     """Differences of the estimates of whole texts and of their prefixes (3.14)."""
     return Conditional(
@@ -238,17 +270,22 @@ def conditional(
     latents and probes cancels from the difference.
 
     Args:
-      prefixes, responses: id lists; a prefix may be empty (log p = 0), a response may not.
+      prefixes, responses: id lists; a prefix may be empty (log p = 0), a response may not. A prefix ends with a
+        block: inside one its log p means nothing.
       ids: identity of each pair in the random stream: candidates of one prefix with the same id share its draws,
         and their prefix is scored once.
       **options: of `log_likelihood`: mesh, report.
 
     Raises:
-      UserError: as `log_likelihood`, or an empty response.
+      UserError: as `log_likelihood`, an empty response, or a prefix that ends inside a block.
     """
     for index, response in enumerate(responses):
         if not len(response):
             raise UserError(f"example {index}: the response is empty; it must have at least one token")
+    block = model.dit_config.block_size * model.vae_config.patch_size
+    for index, prefix in enumerate(prefixes):
+        if reason := ends_inside_block(len(prefix), block):
+            raise UserError(f"example {index}: prefix of {len(prefix)} tokens {reason}")
     count = len(prefixes)
     ids = list(range(count)) if ids is None else [int(i) for i in ids]
     names = [(i, tuple(p)) for i, p in zip(ids, prefixes, strict=True)]
@@ -280,7 +317,7 @@ def iwae_curve(log_weights: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """IWAE_k of each row for several k from the same samples: the mean over disjoint groups of k of them.
 
     Args:
-      log_weights: [B, K].
+      log_weights: [B, K]; with the exact divergence, or what is returned is no bound.
       counts: values of k, from 1 (the ELBO) to K.
 
     Returns:

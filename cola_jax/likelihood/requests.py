@@ -2,6 +2,8 @@
 
 A text is scored as the model was trained on it: its tokens, an end of text, and more of them up to a multiple of
 ``align`` tokens. All of these are part of log p; rates per token count the text's own tokens and one end of text.
+What ends inside a block of the prior and is not complete has no log p that means anything: its numbers are null, and
+"reason" says why.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ class Request(NamedTuple):
       prefix: ids of the prefix; of a text, none.
       responses: ids of what is scored: the text, the response or the candidates, with their ends of text.
       tokens: how many of those ids count in rates, for each.
+      complete: whether the responses end with their ends of text.
     """
 
     line: dict
@@ -39,6 +42,7 @@ class Request(NamedTuple):
     prefix: list[int]
     responses: list[list[int]]
     tokens: list[int]
+    complete: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Format:
                 raise UserError(f"{where}: {name} makes {total} tokens; must be a multiple of the patch {self.patch}")
             responses.append([*ids, *[self.tokenizer.eos_id] * fill])
             counts.append(len(ids) + self.end_of_text)
-        return Request(line, index, prefix, responses, counts)
+        return Request(line, index, prefix, responses, counts, self.end_of_text)
 
 
 def _parse(raw: str, where: str) -> dict:
@@ -112,15 +116,40 @@ class _Row(NamedTuple):
     ids: list[int]
     given: int  # tokens of a prefix that are not scored
     request: int
+    name: tuple[str, int]  # "joint" or "response" and its number, or the "prefix"
 
 
-def _rows(request: Request) -> list[_Row]:
-    """The rows that a request needs: each whole text; with a prefix, its responses given it, and the prefix."""
-    whole = [[*request.prefix, *response] for response in request.responses]
-    rows = [_Row(ids, 0, request.index) for ids in whole]
+def _open_end(request: Request, i: int, block: int) -> str:
+    """Why the i-th text of a request has no log p; "" where it has one."""
+    tokens = len(request.prefix) + len(request.responses[i])
+    reason = "" if request.complete else estimators.ends_inside_block(tokens, block)
+    return reason and f"text without its end, of {tokens} tokens, {reason}"
+
+
+def _open_prefix(request: Request, block: int) -> str:
+    """Why the prefix of a request has no log p; "" where it has one."""
+    tokens = len(request.prefix)
+    reason = estimators.ends_inside_block(tokens, block)
+    return reason and f"prefix of {tokens} tokens {reason}"
+
+
+def _rows(request: Request, block: int) -> list[_Row]:
+    """The rows that a request needs: each whole text; with a prefix, its responses given it, and the prefix.
+
+    Rows without a log p that means anything are left out.
+
+    Args:
+      request: from `Format.request`.
+      block: tokens of a block of the prior.
+    """
+    size, index = len(request.prefix), request.index
+    whole = [(i, [*request.prefix, *response]) for i, response in enumerate(request.responses)]
+    whole = [(i, ids) for i, ids in whole if not _open_end(request, i, block)]
+    rows = [_Row(ids, 0, index, ("joint", i)) for i, ids in whole]
     if request.prefix:
-        rows += [_Row(ids, len(request.prefix), request.index) for ids in whole]
-        rows.append(_Row(request.prefix, 0, request.index))
+        rows += [_Row(ids, size, index, ("response", i)) for i, ids in whole]
+    if request.prefix and whole and not _open_prefix(request, block):
+        rows.append(_Row(request.prefix, 0, index, ("prefix", 0)))
     return rows
 
 
@@ -143,6 +172,11 @@ class Scorer:
     batch_size: int = 32
     mesh: object = None
 
+    @property
+    def block(self) -> int:
+        """Tokens of a block of the prior."""
+        return self.model.dit_config.block_size * self.model.vae_config.patch_size
+
     def score(
         self, requests: Sequence[Request], report: Callable[[int, int], None] | None = None
     ) -> Iterator[list[dict]]:
@@ -152,26 +186,25 @@ class Scorer:
           requests: of `Format.request`.
           report: called with (row-samples done, all of them).
         """
-        work = sum(len(_rows(request)) for request in requests) * self.settings.samples
+        work = sum(len(_rows(request, self.block)) for request in requests) * self.settings.samples
         done = 0
         for group in self._groups(requests):
-            rows = list(itertools.chain(*map(_rows, group)))
+            rows = list(itertools.chain(*(_rows(request, self.block) for request in group)))
             found = []
             for start in range(0, len(rows), self.batch_size):
                 some = rows[start : start + self.batch_size]
-
                 found.append(self._batch(some))
                 done += len(some) * self.settings.samples
                 if report is not None:
                     report(done, work)
-            yield _results(group, found)
+            yield self._results(group, found)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Consecutive requests that fill at least one batch."""
         group, rows = [], 0
         for request in requests:
             group.append(request)
-            rows += len(_rows(request))
+            rows += len(_rows(request, self.block))
             if rows >= self.batch_size:
                 yield group
                 group, rows = [], 0
@@ -180,7 +213,7 @@ class Scorer:
 
     def _batch(self, rows: list[_Row]) -> estimators.Likelihood:
         # Few shapes, so that few programs are compiled: full batches, and widths of 1, 2, 4, ... blocks.
-        per_block = self.model.dit_config.block_size * self.model.vae_config.patch_size
+        per_block = self.block
         blocks = -(-max(len(row.ids) for row in rows) // per_block)
         width = max(min(2 ** (blocks - 1).bit_length(), -(-self.context // per_block)), blocks) * per_block
         filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
@@ -193,43 +226,73 @@ class Scorer:
         nothing = estimators.BlockTerms(*[np.zeros((len(rows), 0))] * 3)
         return estimators.take(found, range(len(rows)))._replace(blocks=nothing)
 
+    def _results(self, group: Sequence[Request], found: list[estimators.Likelihood]) -> list[dict]:
+        scores = estimators.join([*found, estimators.unknown(self.settings)])  # a group may have no rows
+        results, place = [], 0
+        for request in group:
+            count = len(_rows(request, self.block))
+            some = estimators.take(scores, [*range(place, place + count), -1])
+            results.append(_result(request, some, self.block))
+            place += count
+        return results
 
-def _results(group: Sequence[Request], found: list[estimators.Likelihood]) -> list[dict]:
-    scores = estimators.join(found)
-    results, place = [], 0
-    for request in group:
-        count = len(_rows(request))
-        results.append(_result(request, estimators.take(scores, range(place, place + count))))
-        place += count
-    return results
 
+def _result(request: Request, scores: estimators.Likelihood, block: int) -> dict:
+    """One line of the output.
 
-def _result(request: Request, scores: estimators.Likelihood) -> dict:
-    """One line of the output."""
-    count, failed = len(request.responses), int(scores.failed.sum())
+    Args:
+      request: from `Format.request`.
+      scores: of its `_rows`, and behind them one row of which nothing is known.
+      block: tokens of a block of the prior.
+    """
+    rows, failed = _rows(request, block), int(scores.failed.sum())
+    places = {row.name: i for i, row in enumerate(rows)}
     out = {"index": request.index, **request.line}
     if failed:
-        rows = len(scores.failed)
-        out["error"] = f"the ODE was not solved for {failed} of {rows * scores.log_weights.shape[1]} samples"
-    texts = _scored(request.line)
-    each = [_text(estimators.take(scores, [i]), texts[i][1], request, i) for i in range(count)]
-    if "text" in request.line:
-        return out | each[0]
-    if request.prefix:
-        prefix = estimators.take(scores, [len(scores.elbo) - 1] * count)
-    else:
-        prefix = estimators.nothing_like(estimators.take(scores, range(count)))
-    plug_in = estimators.plug_in(estimators.take(scores, range(count)), prefix)
-    start = count if request.prefix else 0
-    local = estimators.take(scores, range(start, start + count))
-    answers = []
-    for i in range(count):
-        conditional = {name: _number(getattr(plug_in, name)[i]) for name in plug_in._fields[:4]}
-        answers.append({"plug_in": conditional, "response": _terms(estimators.take(local, [i])), "joint": each[i]})
+        out["error"] = f"the ODE was not solved for {failed} of {len(rows) * scores.log_weights.shape[1]} samples"
+
+    def find(kind, i):
+        return estimators.take(scores, [places.get((kind, i), len(rows))])
+
+    texts, no_prefix = _scored(request.line), _open_prefix(request, block)
+    answers, ranks = [], {"plug_in": [], "response": []}
+    for i, (_, text) in enumerate(texts):
+        joint, reason = find("joint", i), _open_end(request, i, block)
+        whole = _text(joint, text, request, i) | _why(reason)
+        if "text" in request.line:
+            return out | whole
+        local = find("response", i) if request.prefix else joint
+        prefix = find("prefix", 0) if request.prefix else estimators.nothing_like(joint)
+        plug_in = estimators.plug_in(joint, prefix)
+        conditional = {name: _number(getattr(plug_in, name)[0]) for name in plug_in._fields[:4]}
+        answers.append(
+            {
+                "plug_in": conditional | _why(no_prefix or reason),
+                "response": _terms(local) | _why(reason),
+                "joint": whole,
+            }
+        )
+        ranks["plug_in"].append(_rank(plug_in))
+        ranks["response"].append(_rank(local))
     if "response" in request.line:
         return out | {"tokens": request.tokens[0]} | {f"{name}_score": v for name, v in answers[0].items()}
-    best = {} if failed else {"plug_in": int(np.argmax(plug_in.iwae)), "response": int(np.argmax(local.iwae))}
+    best = {} if failed else {name: _best(values) for name, values in ranks.items()}
     return out | {"best": best, "scores": answers}
+
+
+def _why(reason: str) -> dict:
+    return {"reason": reason} if reason else {}
+
+
+def _rank(scores: estimators.Likelihood | estimators.Conditional) -> float:
+    """What candidates are compared by: the IWAE where it is given (exact divergence), else the ELBO."""
+    iwae = float(scores.iwae[0])
+    return float(scores.elbo[0]) if math.isnan(iwae) else iwae
+
+
+def _best(values: Sequence[float]) -> int | None:
+    """Index of the highest value; None where one is not known."""
+    return None if any(map(math.isnan, values)) else int(np.argmax(values))
 
 
 def _number(value) -> float | None:
@@ -238,7 +301,7 @@ def _number(value) -> float | None:
 
 
 def _terms(one: estimators.Likelihood) -> dict:
-    names = ("elbo", "elbo_error", "iwae", "iwae_error", "reconstruction", "prior", "posterior", "steps")
+    names = ("elbo", "elbo_error", "iwae", "iwae_error", "ess", "reconstruction", "prior", "posterior", "steps")
     return {name: _number(getattr(one, name)[0]) for name in names}
 
 

@@ -37,9 +37,18 @@ def sample_keys(key: Key, ids: Int[Array, " B"], samples: Int[Array, " S"]) -> K
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: ColaDLM, params: Params, rows: Rows) -> Posterior:
-    """The posterior of every row's latents, before normalisation."""
-    segments = rows.real[:, :: model.vae_config.patch_size]
-    return model.apply(params, rows.tokens, segments, method="encode")
+    """The posterior of every row's latents, before normalisation.
+
+    Those of given tokens are the prefix's, encoded alone as generation does: a block-causal encoder would let them see
+    the response in their block.
+    """
+    patch = model.vae_config.patch_size
+    segments, given = rows.real[:, ::patch], rows.given[:, ::patch]
+    whole = model.apply(params, rows.tokens, segments, method="encode")
+    if model.vae_config.attention == "causal":
+        return whole
+    alone = model.apply(params, rows.tokens, segments * given, method="encode")
+    return jax.tree.map(lambda prefix, full: jnp.where(given[..., None], prefix, full), alone, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

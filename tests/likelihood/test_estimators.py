@@ -1,14 +1,17 @@
 """ELBO and IWAE against an enumerable model; invariances; bad input."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cola_jax import likelihood, sharding
 from cola_jax.config import TrainConfig
-from cola_jax.likelihood import Settings, estimators, weights
+from cola_jax.likelihood import Settings, density, estimators, weights
+from cola_jax.likelihood.rows import make_rows
 from cola_jax.types import UserError
 from tests.likelihood import toy
 from tests.models import tiny_models
@@ -110,6 +113,39 @@ def test_an_empty_prefix_has_probability_one():
     assert found.iwae[1] != pytest.approx(whole.iwae[1])
 
 
+def test_effective_sample_size():
+    """By hand: (1 + 2 + 3)^2 / (1 + 4 + 9); equal weights; one that dominates. Below 10 the error means nothing."""
+    log_w = np.log([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [1e-30, 1e-30, 1.0]]) + 400
+    np.testing.assert_allclose(estimators.effective_sample_size(log_w), [36 / 14, 3, 1])
+    weights = np.ones((2, 12)) + np.arange(12) * np.array([[0.1], [10.0]])
+    blocks = estimators.BlockTerms(*[np.zeros((2, 1))] * 3)
+    exact = Settings(divergence="exact")
+    found = estimators._likelihood(np.log(weights), np.ones((2, 12), bool), np.ones((2, 12)), blocks, np.ones(2), exact)
+    np.testing.assert_allclose(found.ess, weights.sum(1) ** 2 / (weights**2).sum(1))
+    assert found.ess[0] > 10 > found.ess[1]
+    np.testing.assert_allclose(found.iwae, np.log(weights.mean(1)))
+    error = weights[0].std(ddof=1) / np.sqrt(12) / weights[0].mean()
+    np.testing.assert_allclose(found.iwae_error, [error, np.nan])
+
+
+def test_iwae_is_given_only_where_it_is_a_bound():
+    """Hutchinson's noise enters an exponential: with q = p its IWAE would lie above log p."""
+    model, text = toy.create(), toy.texts()
+    for divergence in ("exact", "hutchinson"):
+        settings = dataclasses.replace(COARSE, samples=40, divergence=divergence)
+        found = likelihood.log_likelihood(model, toy.PARAMS, text, settings, KEY)
+        assert np.all(np.isnan(found.iwae) == (divergence != "exact"))
+        assert np.all(np.isfinite(found.elbo)) and np.all((found.ess >= 1) & (found.ess <= 40))
+    assert np.all(np.isnan(found.iwae_error))
+
+
+def test_a_prefix_that_ends_inside_a_block_has_no_plug_in_score(tiny):
+    with pytest.raises(UserError) as error:
+        likelihood.conditional(*tiny, [[1, 2, 3, 4], [1, 2, 3, 4, 5]], [[1], [1]], TINY, KEY)
+    message = "example 1: prefix of 5 tokens ends inside a block of 4; it must be a multiple of 4"
+    assert str(error.value) == message
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_models.create(vae={"scale": 1.5, "shift": 0.2})
@@ -151,11 +187,66 @@ def test_a_mesh_changes_nothing(tiny, batch, scored):
     np.testing.assert_allclose(found.blocks.posterior, scored.blocks.posterior, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["causal", "block_causal"])
+def test_a_response_does_not_reach_the_latents_of_its_prefix(attention):
+    """Nor in the block of the VAE that the prefix ends inside, where a block-causal encoder sees what follows."""
+    model, params = tiny_models.create(vae={"attention": attention, "block_size": 4})
+    text = np.array(tiny_models.tokens(2, 12, seed=3))
+    text[1, :6] = text[0, :6]  # the same prefix, another response
+    encode = functools.partial(tiny_models.quickly, weights.encode, model, params)
+    found = encode(make_rows(model, text, prefix=[6, 6]))
+    for value in found:
+        np.testing.assert_array_equal(value[0, :6], value[1, :6])
+        assert np.all(np.any(value[0, 6:] != value[1, 6:], axis=-1))
+    # What is given is encoded as a prompt is, alone; the rest as the text is, whole.
+    alone = encode(make_rows(model, text[:, :6]))
+    whole = encode(make_rows(model, text))
+    for value, prompt, full in zip(found, alone, whole, strict=True):
+        np.testing.assert_allclose(value[:, :6], prompt[:, :6], atol=1e-5)
+        np.testing.assert_allclose(value[:, 6:], full[:, 6:], atol=1e-5)
+
+
+def test_a_causal_encoder_runs_once():
+    """The prefix needs a pass of its own only where the encoder could see the response."""
+    text = np.asarray(tiny_models.tokens(1, 8))
+    passes = {}
+    for attention in ("causal", "block_causal"):
+        model, params = tiny_models.create(vae={"attention": attention, "block_size": 4})
+        rows = make_rows(model, text, prefix=[4])
+        program = str(jax.make_jaxpr(lambda p, rows=rows, model=model: weights.encode(model, p, rows))(params))
+        passes[attention] = program.count("dot_general")
+    assert passes["block_causal"] == 2 * passes["causal"]
+
+
 def test_samples_differ_and_share_one_program(tiny, batch, scored):
     assert len(np.unique(scored.log_weights)) == scored.log_weights.size
     before = weights.terms._cache_size()
     run(tiny, batch, dataclasses.replace(TINY, rows=2))  # one sample at a time, four of them
     assert weights.terms._cache_size() <= before + 1
+
+
+def test_probes_have_keys_of_their_own(tiny, batch, monkeypatch):
+    """A key for each block of each sample of each row, none of them one that latents were drawn from."""
+    model, params = tiny
+    rows = jax.tree.map(jnp.asarray, make_rows(model, *batch))
+    posterior = tiny_models.quickly(weights.encode, model, params, rows)
+    seen = []
+
+    def log_prob(model, params, z, settings, keys, segments, given):
+        seen.append((z, keys))
+        blocks = jnp.zeros(keys.shape)
+        return density.Density(blocks, z, blocks == 0, blocks.astype(jnp.int32))
+
+    monkeypatch.setattr(weights.density, "log_prob", log_prob)
+    samples = jnp.arange(2)
+    weights.terms.__wrapped__(model, params, rows, TINY, posterior, KEY, samples)
+    ((z, keys),) = seen
+    assert keys.shape == (6, 3) and len(np.unique(jax.random.key_data(keys).reshape(18, -1), axis=0)) == 18
+    deviation = np.exp(0.5 * np.asarray(posterior.logvar)) * 1.5
+    noise = (z - np.repeat(model.normalize(posterior.mean), 2, axis=0)) / np.repeat(deviation, 2, axis=0)
+    drawn = jax.vmap(jax.vmap(lambda k: jax.random.normal(k, (tiny_models.BLOCK, tiny_models.CHANNELS))))(keys)
+    assert np.all(np.abs(np.asarray(noise).reshape(drawn.shape) - drawn).max(axis=(2, 3)) > 0.1)
+    assert len(np.unique(np.round(noise, 4))) > 0.95 * noise.size  # nor do blocks or samples share latents
 
 
 def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
@@ -164,7 +255,7 @@ def test_a_failed_solve_is_told_and_stays_alone(tiny, batch):
     assert not steps.failed.any()
     terms = [np.zeros((3, 2)), np.array([[True, True], [True, False], [True, True]]), np.ones((3, 2))]
     blocks = estimators.BlockTerms(*[np.ones((3, 2))] * 3)
-    found = estimators._likelihood(*terms, blocks, np.ones(3))
+    found = estimators._likelihood(*terms, blocks, np.ones(3), dataclasses.replace(settings, divergence="exact"))
     np.testing.assert_array_equal(np.isnan(found.elbo), [False, True, False])
     np.testing.assert_array_equal(np.isnan(found.iwae), [False, True, False])
     np.testing.assert_array_equal(found.failed, [0, 1, 0])

@@ -161,6 +161,15 @@ def test_a_bfloat16_model_has_its_density_in_the_dtype_of_the_settings(tiny, lat
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
+def test_a_bfloat16_model_that_predicts_means_has_the_density_of_its_float32_clone(latents):
+    model, params = tiny_models.create(dit={"prediction": "mean"}, dtype="bfloat16")
+    found, expected = (
+        solve((one, params), latents).log_prob for one in (model, model.clone(dtype=jnp.dtype("float32")))
+    )
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_probes_are_those_of_the_settings():
     key = jax.random.key(3)
     assert density.draw_probes(key, SETTINGS, (4, 2)) is None

@@ -2,20 +2,29 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import jax
 import pytest
 
+from cola_jax import runs
+from cola_jax.config import StoriesConfig
+from cola_jax.data.stories import Stories
+from cola_jax.evaluation import likelihood as measures
 from tests.system.test_binaries import call, start, train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TEXT = "Mia was a girl."  # few tokens, even where the tiny vocabulary does not have its words
+STORIES = Stories(StoriesConfig(aligned=True, values=2, variants=1, choices=1))  # of tests/system/tiny.py
+STORY = STORIES.story(0, 0)
+FIRST = STORIES.first_sentence(STORY)  # whole blocks
 LINES = [
     *({"text": TEXT, "id": i} for i in range(20)),
-    {"prefix": "Mia was", "response": " a girl."},
+    {"prefix": FIRST, "response": STORY[len(FIRST) :]},
+    {"prefix": FIRST, "candidates": [STORY[len(FIRST) :], " " + FIRST]},
     {"prefix": "Mia was", "candidates": [" a girl.", " a boy."]},
 ]
 SETTINGS = ("--samples=2", "--solver=heun", "--steps=2", "--batch_size=4")
@@ -50,9 +59,12 @@ def whole(run, cache, asked, tmp_path_factory):
 def test_scores_every_line(whole):
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(len(LINES)))
-    assert all(row["elbo"] <= row["iwae"] for row in rows[:20])
+    assert all(row["iwae"] is None and 1 <= row["ess"] <= 2 for row in rows[:20])  # Hutchinson's divergence
     assert len({row["elbo"] for row in rows[:20]}) == 20  # each line has its own draws
-    assert rows[20]["plug_in_score"]["elbo"] < 0 and set(rows[21]["best"]) == {"plug_in", "response"}
+    assert rows[20]["plug_in_score"]["elbo"] < 0 and set(rows[21]["best"].values()) <= {0, 1}
+    inside = [one["plug_in"] for one in rows[22]["scores"]]
+    assert all(one["elbo"] is None and "ends inside a block" in one["reason"] for one in inside)
+    assert rows[22]["best"]["plug_in"] is None and rows[22]["best"]["response"] in (0, 1)
 
 
 def test_a_killed_run_continues_without_double_or_torn_lines(run, cache, asked, whole, tmp_path):
@@ -133,12 +145,36 @@ def test_measures(run, cache, tmp_path):
     arguments = (f"--checkpoint={run}", "--solver=heun", "--steps=2", "--count=3")
     gap = call(cache, "likelihood.py", *arguments, "--samples=1,2", f"--json={tmp_path / 'gap.json'}")
     values = json.loads((tmp_path / "gap.json").read_text())
-    assert "ETA" in gap and values["-IWAE 2"]["mean"] <= values["-ELBO"]["mean"]
-    parts = sum(values[name]["mean"] for name in ("reconstruction", "rate", "mismatch"))
-    assert parts == pytest.approx(values["-ELBO"]["mean"], rel=1e-6)
+    assert "ETA" in gap and "-IWAE" not in gap and gap.count("no IWAE with --divergence=hutchinson") == 1
+    # The same stories scored line by line as score.py does, K = 2: the same sum over the same tokens.
+    opened = runs.load(str(run))
+    stories = measures.held_out(opened, 3, opened.config.data_seed)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories.texts))
+    files = (f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}")
+    call(cache, "score.py", arguments[0], *files, *SETTINGS, "--seed=1")
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    tokens = sum(line["tokens"] for line in scored)
+    for name, field, sign in (("-ELBO", "elbo", -1), ("-prior", "prior", -1), ("posterior", "posterior", 1)):
+        assert values[name]["mean"] == pytest.approx(sign * sum(line[field] for line in scored) / tokens, rel=1e-3)
+    assert values["entropy"]["mean"] == pytest.approx(-stories.log_prob.sum() / tokens, rel=1e-6)
+    exact = call(cache, "likelihood.py", *arguments, "--samples=1,2", "--divergence=exact")
+    bound = {name: float(value) for name, value in re.findall(r"^(-ELBO|-IWAE 2): ([\d.]+)", exact, re.MULTILINE)}
+    assert bound["-IWAE 2"] < bound["-ELBO"]
     # So few and short stories have no pairs to rank.
     assert "--count = 3" in call(cache, "likelihood.py", *arguments, "--part=ranking", "--samples=1", status=2)
     assert "64 rademacher" in call(cache, "likelihood.py", *arguments, "--part=probes")
+
+
+def test_measures_the_prior(run, cache, tmp_path):
+    file = tmp_path / "prior.json"
+    arguments = (f"--checkpoint={run}", "--solver=heun", "--steps=2", "--count=3", f"--json={file}")
+    said = call(cache, "likelihood.py", *arguments, "--part=prior")
+    found = json.loads(file.read_text())
+    assert [row["time"] for row in found["field"]] == [0, 0.02, 0.1, 0.3, 0.7]
+    assert [row["start"] for row in found["split"]] == [0, 0.02, 0.05, 0.1, 0.2, 0.3]
+    assert all(row["error"]["mean"] > 0 for row in found["field"])
+    assert all(row["mismatch"]["mean"] < row["excess"]["mean"] for row in found["split"])  # on stories: less the rate
+    assert said.count("field at t = ") == 5 and said.count("exact flow below t = ") == 6
 
 
 def test_notebook(run, monkeypatch):

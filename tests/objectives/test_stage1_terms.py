@@ -53,6 +53,30 @@ def test_reconstruction_is_cross_entropy_of_real_tokens():
     assert (out["reconstruction"].coefficient, out["accuracy"].coefficient) == (1.0, 0.0)
 
 
+def test_a_sample_of_the_posterior_is_decoded():
+    """Not its mean: the decoder learns to read what the prior has to write."""
+    model, params = create({"variational": True, "shift": 0.5, "scale": 2.0})
+    mean, logvar = apply(model, params, BATCH["tokens"], SEGMENTS, method="encode")
+    noise = rng.normal(rng.split(KEYS, 3)[0], mean.shape[1:])
+    losses = []
+    for z in (mean + jnp.exp(0.5 * logvar) * noise, mean):
+        logits = apply(model, params, (z - 0.5) * 2.0, SEGMENTS, method="decode")
+        losses.append((numpy_cross_entropy(logits, BATCH["tokens"]) * REAL).sum(1))
+    assert_close(terms()["reconstruction"].value, losses[0], 1e-5)
+    assert np.all(np.abs(losses[0] - losses[1]) > 1e-2)
+
+
+def test_noisy_decoding_goes_up_to_its_largest_time():
+    """From latents of zero the noise is t times a standard normal: t is its size, uniform from 0 to the maximum."""
+    keys = rng.key(0, "train", 0, jnp.arange(400))
+    for most in (0.2, 0.8):
+        stage = dataclasses.replace(ALWAYS_NOISY, noisy_decoding_max_time=most)
+        noisy = np.asarray(stage1._some_noisy(jnp.zeros((400, 40, 10)), stage, keys))
+        times = noisy.std(axis=(1, 2))  # of 400 elements: 3.5 %
+        assert most * 0.9 < times.max() < most * 1.12 and times.min() < 0.05 * most
+        assert abs(times.mean() / most - 0.5) < 0.07  # 400 draws: 4 standard errors and more
+
+
 def test_kl_is_summed_over_channels_of_real_latents():
     model, params = create({"variational": True, "shift": 0.5, "scale": 2.0})
     mean, logvar = (np.asarray(x, np.float64) for x in apply(model, params, BATCH["tokens"], SEGMENTS, method="encode"))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import VOCAB, create, jit, parameters, tokens
+from models.tiny_models import VOCAB, apply, assert_close, create, jit, parameters, tokens
 
 from cola_jax import rng
 from cola_jax.objectives import stage2
@@ -86,6 +86,42 @@ def test_weights_of_the_terms():
 def test_the_kl_to_an_equal_reference_is_zero():
     np.testing.assert_allclose(terms(same_reference=True)["reference_kl"].value, 0.0, atol=1e-6)
     assert np.all(terms()["reference_kl"].value > 0.1)
+
+
+def test_entropy_and_reference_kl_by_hand():
+    """E_q[log q] (it is added to the loss: broad posteriors are better) and KL(q || q_ref), in this order."""
+    model, own = create(dit=OPTIONS)
+    inputs = jnp.where(SEGMENTS > 0, BATCH["tokens"], VOCAB)
+    q, anchor = (
+        [np.asarray(x, np.float64) for x in apply(model, params, inputs, SEGMENTS, method="encode")]
+        for params in (own, other_parameters(model))
+    )
+    real = np.asarray(SEGMENTS > 0)
+    entropy = -0.5 * (q[1] + np.log(2 * np.pi) + 1).sum(-1)
+    ratio = np.exp(q[1] - anchor[1])
+    kl = 0.5 * (ratio + (q[0] - anchor[0]) ** 2 / np.exp(anchor[1]) - 1 - np.log(ratio)).sum(-1)
+    out = terms()
+    assert_close(out["entropy"].value, (entropy * real).sum(1), 1e-5)
+    assert_close(out["reference_kl"].value, (kl * real).sum(1), 1e-5)
+    assert out["entropy"].coefficient > 0 and out["reference_kl"].coefficient > 0
+
+
+def test_the_terms_of_the_vae_reach_its_encoder():
+    """Through the sample that is decoded, too; the reference is fixed."""
+    model, own = create(dit=OPTIONS)
+    names = ("reconstruction", "entropy", "mask", "reference_kl")
+
+    def sums(encoder, reference):
+        vae = own["params"]["vae"] | {"encoder": encoder}
+        anchor = {"params": {"vae": {"encoder": reference}}}
+        out = stage2.terms(model, JOINT, {"params": own["params"] | {"vae": vae}}, BATCH, KEYS, anchor)
+        return jnp.stack([jnp.sum(out[name].value) for name in names])
+
+    encoders = [params["params"]["vae"]["encoder"] for params in (own, other_parameters(model))]
+    encoder, reference = jit(jax.jacrev(sums, argnums=(0, 1)))(*encoders)
+    for index, name in enumerate(names):
+        assert any(np.any(leaf[index] != 0) for leaf in jax.tree.leaves(encoder)), name
+        assert all(np.all(leaf[index] == 0) for leaf in jax.tree.leaves(reference)), name
 
 
 def shapes(stage, reference):
