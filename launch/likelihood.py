@@ -20,6 +20,7 @@ from absl import flags
 
 from cola_jax import cli, cli_settings, families
 from cola_jax.evaluation import likelihood, prior
+from cola_jax.evaluation.statistics import Mean
 from cola_jax.likelihood import Settings
 from cola_jax.types import UserError
 
@@ -71,6 +72,8 @@ def measure_prior(run, settings: Settings) -> dict:
     for when in prior.TIMES:
         found["field"] += prior.field_error(run, sample, [when])
         log(str(found["field"][-1]))
+    found["bound"] = [prior.bound(run, sample, 64, _SEED.value)]
+    log(str(found["bound"][0]))
     for when in prior.STARTS:
         found["split"] += prior.split(run, sample, [when], settings)
         log(str(found["split"][-1]))
@@ -78,8 +81,8 @@ def measure_prior(run, settings: Settings) -> dict:
 
 
 def plain(row) -> dict:
-    """A named tuple of numbers and means as JSON can hold it."""
-    return {name: value._asdict() if isinstance(value, tuple) else value for name, value in row._asdict().items()}
+    """A named tuple of numbers, means and lists of them as JSON can hold it."""
+    return {name: value._asdict() if isinstance(value, Mean) else value for name, value in row._asdict().items()}
 
 
 def check_family(family: families.Family, flag: str) -> None:

@@ -12,7 +12,7 @@ from cola_jax import release, rng, runs, sharding
 from cola_jax.config import Config, EvaluationConfig, TrainConfig
 from cola_jax.data import corpora, packing, pipeline
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation import stories
+from cola_jax.evaluation import prior, stories
 from cola_jax.evaluation.statistics import Proportion, per_token
 from cola_jax.families.interface import Family
 from cola_jax.likelihood.rows import stack
@@ -27,6 +27,7 @@ Log = Callable[[str], None]
 Evaluator = Callable[[Run, EvaluationConfig, int, Log], dict]
 
 _LIKELIHOOD_ROWS = 64  # scored at a time
+_PRIOR_TEXTS, _PRIOR_DRAWS = 64, 32
 
 
 def reconstruction(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
@@ -61,6 +62,24 @@ def held_out(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dic
 def generated_stories(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Validity and coherence of generated stories."""
     return {"generation": stories.report(run, evaluation.count, seed, log)}
+
+
+def prior_field(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
+    """Where the prior is bad, without a solve: the error of its field by flow time, and its bound in nats per token."""
+    if "dit" not in run.params["params"] or not run.config.vae.variational:
+        log("no prior with a density: nothing to measure")
+        return {}
+    documents = corpora.documents(run.config.data, "holdout", run.config.data_seed)
+    sample = prior.draw(run, min(evaluation.count, _PRIOR_TEXTS, len(documents)), seed)
+    errors = prior.field_error(run, sample, prior.TIMES)
+    bound = prior.bound(run, sample, _PRIOR_DRAWS, seed)
+    for line in (*errors, bound):
+        log(str(line))
+    by_time = {f"{row.time:g}": row.error.mean for row in errors}
+    found = {"field_error": by_time, "bound": bound.total.mean, "bound_error": bound.total.error}
+    if bound.excess is not None:
+        found |= {"above_entropy": bound.excess.mean, "above_entropy_error": bound.excess.error}
+    return {"prior": found}
 
 
 def _log_probs(run: Run, texts: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -116,6 +135,7 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "reconstruction": reconstruction,
     "stories": generated_stories,
     "held_out": held_out,
+    "prior": prior_field,
     "likelihood": likelihood,
     "perplexity": perplexity,
 }
@@ -138,6 +158,7 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
             "reconstruction": family.reconstruct is not None,
             "stories": on_stories,
             "held_out": not on_stories,
+            "prior": family.reconstruct is not None,
             "likelihood": family.bound == "exact",
             "perplexity": bool(evaluation.scorer),
         }
@@ -146,8 +167,8 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
         where = f"config.evaluation.evaluators = {evaluation.evaluators!r}"
         if name not in EVALUATORS:
             raise UserError(f"{where}: {name!r} must be one of {', '.join(EVALUATORS)}")
-        if name == "reconstruction" and family.reconstruct is None:
-            raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} does not have")
+        if name in ("reconstruction", "prior") and family.reconstruct is None:
+            raise UserError(f"{where}: {name!r} needs latents, which family {family.name!r} does not have")
         if name == "stories" and not on_stories:
             raise UserError(f"{where}: 'stories' needs config.data.corpus = 'stories'")
         if name == "perplexity" and not evaluation.scorer:

@@ -14,7 +14,8 @@ from cola_jax import likelihood, rng
 from cola_jax.data import corpora, packing
 from cola_jax.data.stories import Stories
 from cola_jax.evaluation.statistics import Mean, per_token
-from cola_jax.flow.path import PATHS, Path, interpolate
+from cola_jax.flow import prediction
+from cola_jax.flow.path import PATHS, Path, interpolate, likelihood_weight
 from cola_jax.likelihood import Settings, density, estimators, rows, weights
 from cola_jax.types import Key, Params, UserError
 
@@ -220,3 +221,77 @@ def _log_prob(run, sample: Sample, states: Array, start: float, settings: Settin
             raise UserError(f"{what}; likelihood max_steps = {settings.max_steps}: must be larger")
         values.append(np.asarray(solved.log_prob, np.float64).sum(axis=1))
     return np.concatenate(values)
+
+
+class Bound(NamedTuple):
+    """The prior's share of -ELBO by the error of its field, nats per token, without a solve.
+
+    Attributes:
+      total: the diffusion's bound on ``log q(z|x) - log p(z)``: rate and mismatch together, and what the diffusion
+        with the flow's marginals loses against the flow.
+      parts: of it, what arises between two flow times each: (from, to, mean).
+      excess: total less H(X); None where that is not known.
+    """
+
+    total: Mean
+    parts: list[tuple[float, float, Mean]]
+    excess: Mean | None
+
+    def __str__(self) -> str:
+        known = "" if self.excess is None else f", above the entropy {self.excess}"
+        parts = ", ".join(f"{low:g} to {high:g}: {part.mean:.3f}" for low, high, part in self.parts)
+        return f"single-time bound on log q - log p: {self.total}{known} nats per token; by flow time {parts}"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _weighted_errors(model, params: Params, path: str, sample: Sample, key: Key, offset) -> tuple[Array, Array]:
+    """Nats of each latent at its time [B, N], and the times; those of a block are stratified over calls."""
+    along, size = PATHS[path], model.dit_config.block_size
+    batch, length, _ = sample.z.shape
+    times, noise = jax.random.split(key)
+    t = (offset + jax.random.uniform(times, (batch, length // size))) % 1.0
+    t = jnp.clip(t, 1e-4, 1 - 1e-4)
+    each = jnp.repeat(t, size, axis=1)[..., None]
+    noisy, _ = interpolate(along, sample.z, jax.random.normal(noise, sample.z.shape), each)
+    target = prediction.posterior_velocity(along, noisy, each, sample.mean, jnp.square(sample.deviation))
+    velocity = model.apply(params, noisy, t, history=sample.z, segment_ids=sample.segments, method="velocity")
+    error = jnp.sum(jnp.square(velocity - target), axis=-1)
+    each = each[..., 0]
+    return jnp.where(sample.segments > 0, error * likelihood_weight(along, each), 0.0), each
+
+
+def bound(
+    run, sample: Sample, draws: int, seed: int, edges: Sequence[float] = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
+) -> Bound:
+    """``E_t[weight(t) |v(z_t, t) - E[u | z_t, x]|^2]``: an unbiased estimate of a bound, one pass a draw.
+
+    The weight is `flow.path.likelihood_weight`. It costs no ODE and no divergence, so that it suits every evaluation;
+    the flow's own likelihood (`evaluation.likelihood.gap`) is a tighter number.
+
+    Args:
+      run: its model, parameters and path.
+      sample: of `draw`; its posterior sample is used, with new noise and times in every draw.
+      draws: times for each block.
+      seed: of times and noise.
+      edges: flow times between which the parts are reported, from 0 to 1.
+    """
+    model, params = density.precise(run.model, run.params, Settings())
+    parts = np.zeros((len(edges) - 1, len(sample.z)))
+    for index in range(draws):
+        for first in range(0, len(sample.z), _ROWS):
+            rows_ = slice(first, first + _ROWS)
+            some = jax.tree.map(lambda x, rows_=rows_: x[rows_], sample)
+            key = jax.random.fold_in(rng.key(seed, "likelihood", 3), index * len(sample.z) + first)
+            found, times = _weighted_errors(
+                model, params, run.config.stage2.path, some, key, jnp.float32(index / draws)
+            )
+            bins = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, len(edges) - 2)
+            for part in range(len(parts)):
+                parts[part, rows_] += np.where(bins == part, found, 0.0).sum(axis=1) / draws
+    total = parts.sum(axis=0)
+    means = [
+        (float(low), float(high), per_token(part, sample.tokens))
+        for low, high, part in zip(edges[:-1], edges[1:], parts, strict=True)
+    ]
+    excess = None if sample.entropy is None else per_token(total - sample.entropy, sample.tokens)
+    return Bound(per_token(total, sample.tokens), means, excess)
