@@ -50,8 +50,9 @@ def parse(values: Mapping | ml_collections.ConfigDict) -> Config:
 def upgraded(saved: Mapping) -> dict:
     """A saved config in today's fields: those that have moved since it was written are in their new places."""
     plain = {"family": DEFAULT, **saved}
-    sample = dict(plain.get("sample") or {})
-    if "report_stories" in sample:  # until there were evaluations of every corpus
+    sample = plain.get("sample")
+    if isinstance(sample, Mapping) and "report_stories" in sample:  # until there were evaluations of every corpus
+        sample = dict(sample)
         count = sample.pop("report_stories")
         plain = {**plain, "sample": sample, "evaluation": {"count": count, **plain.get("evaluation", {})}}
     return plain

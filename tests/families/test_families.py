@@ -72,6 +72,11 @@ def test_configs_from_before_there_were_families():
     assert families.upgraded(new) == new
 
 
+def test_a_group_that_is_no_group_is_told():
+    with pytest.raises(UserError, match=r"config\.sample = 3: must be a group of fields"):
+        families.parse({"sample": 3})
+
+
 def strategy(name: str, **changes) -> cola.ColaConfig:
     scratch = name == "scratch" or changes.pop("alone", False)
     values = {"strategy": name, "steps": 7, "reference_weight": 0.0 if scratch else 0.5}
