@@ -235,7 +235,7 @@ class Trainer:
 
     def _sample(self, writer: reports.Writer) -> None:
         settings = self._config.train
-        is_last_stage = not any(stage.steps for stage in self._experiment.stages[self.number :])
+        is_last_stage = self.number == len(self._experiment.stages)  # those before it cannot generate
         every = settings.sample_every
         due = self.step == self.stage.steps or (every and self.step % every == 0)
         if self._sampler is not None and is_last_stage and settings.num_samples and due:

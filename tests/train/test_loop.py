@@ -77,6 +77,15 @@ def test_whole_run(whole):
     assert any("tokens/s" in line and "FLOP/s" in line and "ETA" in line for line in lines)
 
 
+def test_a_run_of_the_first_stage_alone_generates_nothing(tmp_path):
+    """A pretrained VAE, for `train.init_from`: it cannot write texts, and its checkpoint is complete."""
+    config = toy_run.settings()
+    config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, steps=0))
+    train(tmp_path, config=config)
+    assert verified.step_directories(tmp_path / "stage1")[0] == 12
+    assert not (tmp_path / "samples.jsonl").exists() or not (tmp_path / "samples.jsonl").read_text()
+
+
 def test_stages_see_different_data_and_noise(whole):
     assert data_seed(0, 1) != data_seed(0, 2) != data_seed(1, 2)
     bodies = [verified.read_meta(whole[0] / stage / "12") for stage in ("stage1", "stage2")]
