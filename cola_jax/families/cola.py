@@ -5,6 +5,7 @@ All that the trainer and the binaries know of "vae" and "dit" is here.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -73,6 +74,9 @@ class ColaConfig(Config):
         require(ok, f"{prefix}dit.no_history_vector", False, need)
         if dit.prediction == "mean":
             require(dit.path == self.stage2.path, f"{prefix}dit.path", dit.path, f"stage2.path = {self.stage2.path!r}")
+            known = dit.prediction_variance is not None or vae.logsnr is not None
+            need = "a number where dit.prediction = 'mean' and vae.logsnr is not fixed"
+            require(known, f"{prefix}dit.prediction_variance", None, need)
         self._check_strategy(prefix)
 
     def _check_strategy(self, prefix: str) -> None:
@@ -92,10 +96,13 @@ class ColaConfig(Config):
 
 
 def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:
-    """The config with the tokenizer's vocabulary where it leaves it open."""
-    if config.vae.vocab_size:
-        return config
-    return dataclasses.replace(config, vae=dataclasses.replace(config.vae, vocab_size=vocab_size))
+    """The config with what it leaves open: the tokenizer's vocabulary, the variance that follows from the log-SNR."""
+    vae, dit = config.vae, config.dit
+    if not vae.vocab_size:
+        vae = dataclasses.replace(vae, vocab_size=vocab_size)
+    if dit.prediction == "mean" and dit.prediction_variance is None:
+        dit = dataclasses.replace(dit, prediction_variance=vae.scale**2 * math.exp(-vae.logsnr))
+    return dataclasses.replace(config, vae=vae, dit=dit)
 
 
 def released_config(model: ColaDLM, eos_id: int = -1, pad_id: int = -1) -> ColaConfig:

@@ -50,8 +50,8 @@ class DiTConfig:
         "(`flow.prediction`) [ours]",
         choices=prediction.PREDICTIONS,
     )
-    prediction_variance: float = setting(
-        0.1, "'mean': variance of normalised latents around their means; exp(-vae.logsnr) where that is fixed", above=0
+    prediction_variance: float | None = setting(
+        None, "'mean': variance of normalised latents around their means; None: that of vae.logsnr", above=0
     )
     self_conditioning: bool = setting(
         False, "the network reads an estimate of the means, its own of a pass or step before; needs 'mean' [ours]"

@@ -92,7 +92,7 @@ def test_errors_by_time_add_up_and_have_no_gradient():
     assert sum(float(term.weight.sum()) > 0 for term in terms.values()) >= 3
 
 
-FED_BACK = {"no_history_vector": True, "prediction": "mean", "self_conditioning": True}
+FED_BACK = {"no_history_vector": True, "prediction": "mean", "prediction_variance": 0.1, "self_conditioning": True}
 
 
 def fed_back(share, params=None):

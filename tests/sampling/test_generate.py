@@ -22,7 +22,10 @@ MODELS = {
         {"patch_size": 2, "attention": "block_causal", "shift": 0.3, "scale": 0.8},
         {"no_history_vector": True, "block_position": True},
     ),
-    "fed back": ({}, {"no_history_vector": True, "prediction": "mean", "self_conditioning": True}),
+    "fed back": (
+        {},
+        {"no_history_vector": True, "prediction": "mean", "prediction_variance": 0.1, "self_conditioning": True},
+    ),
 }
 # Nothing, less than a block, a block, one position more, more than two blocks; with patches of two, odd ones too.
 LENGTHS = {"patch1": (0, 3, 4, 5, 9), "patch2": (0, 5, 8, 9, 18), "fed back": (0, 3, 4, 5, 9)}
