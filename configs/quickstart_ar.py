@@ -7,12 +7,12 @@ About 300 s of training on two cores: 99.7 % valid sentences [99.4, 99.9], 97.5 
 docs/quickstart.md compares it with Cola at 55, 145 and 295 s of training.
 """
 
-from configs import default, quickstart
+from configs import default, quickstart_paper
 
 
 def get_config():
     config = default.get_config("autoregressive")
-    cola = quickstart.get_config()
+    cola = quickstart_paper.get_config()
     config.data, config.train, config.evaluation = cola.data, cola.train, cola.evaluation
     config.transformer.update(dim=128, ffn_dim=352, num_heads=4, head_dim=32, num_layers=5, unroll=5)
     config.stage1.steps = 2250
