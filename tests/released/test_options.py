@@ -230,9 +230,12 @@ def test_dit_config_survives_a_round_trip(changes):
         ("cola_dit", "block_position", True),
         ("cola_dit", "no_history_vector", True),
         ("cola_dit", "rope_theta", 500.0),
+        ("cola_dit", "prediction", "mean"),
+        ("cola_dit", "self_conditioning", True),
+        ("cola_dit", "time_frequency", 30.0),
     ],
 )
 def test_what_the_layout_cannot_say_is_refused(part, name, value):
     config = options.vae_config(vae()) if part == "cola_vae" else options.dit_config(dit())
-    with pytest.raises(UserError, match=f"{part}: {name} = {value}: the released layout has no such option"):
+    with pytest.raises(UserError, match=f"{part}: {name} = {value!r}: the released layout has no such option"):
         options.released_config(part, dataclasses.replace(config, **{name: value}), "float32")
