@@ -164,6 +164,7 @@ def test_ranking_has_no_plug_in_score_where_first_sentences_end_inside_a_block(m
     assert set(rank(monkeypatch, run, coherent)) == {"response", "response IWAE", "response, prior term"}
 
 
+@pytest.mark.slow
 def test_a_reference_that_ran_out_of_steps_is_not_the_truth():
     run = run_of()
     sample = measures.draw(run, 2, 0)

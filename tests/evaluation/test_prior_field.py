@@ -165,6 +165,7 @@ def tiny_run(**data):
     return Run(FAMILY, model, params, ByteTokenizer(), config, 0)
 
 
+@pytest.mark.slow
 def test_a_network_on_any_corpus(tmp_path):
     """Documents are cut to the context; at t_0 = 0 the split is log q - log p of the model itself."""
     file = tmp_path / "texts.txt"

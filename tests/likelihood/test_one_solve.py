@@ -161,6 +161,7 @@ def test_a_bfloat16_model_has_its_density_in_the_dtype_of_the_settings(tiny, lat
     np.testing.assert_allclose(*both, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_that_predicts_means_has_the_density_of_its_float32_clone(latents):
     model, params = tiny_models.create(dit={"prediction": "mean", "prediction_variance": 0.1}, dtype="bfloat16")
     found, expected = (
