@@ -15,6 +15,7 @@ from cola_jax.data.stories import Stories
 from cola_jax.evaluation import prior, stories
 from cola_jax.evaluation.statistics import Proportion, per_token
 from cola_jax.families.interface import Family
+from cola_jax.likelihood import Settings
 from cola_jax.likelihood.rows import stack
 from cola_jax.runs import Run
 from cola_jax.train import saved
@@ -66,8 +67,10 @@ def generated_stories(run: Run, evaluation: EvaluationConfig, seed: int, log: Lo
 
 def prior_field(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """Where the prior is bad, without a solve: the error of its field by flow time, and its bound in nats per token."""
-    if "dit" not in run.params["params"] or not run.config.vae.variational:
-        log("no prior with a density: nothing to measure")
+    try:
+        run.family.check_scorable(run.model, run.params)
+    except UserError as error:
+        log(f"nothing to measure: {error}")
         return {}
     documents = corpora.documents(run.config.data, "holdout", run.config.data_seed)
     sample = prior.draw(run, min(evaluation.count, _PRIOR_TEXTS, len(documents)), seed)
@@ -158,7 +161,7 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
             "reconstruction": family.reconstruct is not None,
             "stories": on_stories,
             "held_out": not on_stories,
-            "prior": family.reconstruct is not None,
+            "prior": family.score_settings is Settings,
             "likelihood": family.bound == "exact",
             "perplexity": bool(evaluation.scorer),
         }
@@ -167,8 +170,10 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
         where = f"config.evaluation.evaluators = {evaluation.evaluators!r}"
         if name not in EVALUATORS:
             raise UserError(f"{where}: {name!r} must be one of {', '.join(EVALUATORS)}")
-        if name in ("reconstruction", "prior") and family.reconstruct is None:
-            raise UserError(f"{where}: {name!r} needs latents, which family {family.name!r} does not have")
+        if name == "reconstruction" and family.reconstruct is None:
+            raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} does not have")
+        if name == "prior" and family.score_settings is not Settings:
+            raise UserError(f"{where}: 'prior' needs a flow prior, which family {family.name!r} does not have")
         if name == "stories" and not on_stories:
             raise UserError(f"{where}: 'stories' needs config.data.corpus = 'stories'")
         if name == "perplexity" and not evaluation.scorer:

@@ -14,8 +14,9 @@ from cola_jax import families, likelihood, rng
 from cola_jax.config import Config
 from cola_jax.data import corpora, packing
 from cola_jax.data.stories import Stories
+from cola_jax.evaluation import prior
 from cola_jax.evaluation.statistics import Mean, Proportion, per_token
-from cola_jax.likelihood import Settings, density, rows, weights
+from cola_jax.likelihood import Settings, density
 from cola_jax.runs import Run
 from cola_jax.types import UserError
 
@@ -179,34 +180,13 @@ class Setting(NamedTuple):
         )
 
 
-class Draw(NamedTuple):
-    """One posterior sample of held-out stories, and the keys of its probes."""
-
-    z: jax.Array
-    probes: jax.Array
-    segments: jax.Array
-    tokens: np.ndarray
-
-
-def draw(run, count: int, seed: int) -> Draw:
-    """The posterior sample of the first held-out stories, and its probes, for `compare`."""
-    texts, model = held_out(run, count, run.config.data_seed), run.model
-    made = rows.make_rows(model, *likelihood.stack(texts.ids))
-    posterior = weights.encode(model, run.params, made)
-    segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
-    draws, probe = (rng.key(seed, "likelihood", step, np.arange(count)) for step in range(2))
-    z = model.normalize(posterior.mean + jnp.exp(0.5 * posterior.logvar) * rng.normal(draws, posterior.mean.shape[1:]))
-    probes = jnp.stack(rng.split(probe, z.shape[1] // model.dit_config.block_size), axis=1)
-    return Draw(z, probes, segments, texts.tokens)
-
-
-def _solve(run, sample: Draw, settings: Settings) -> density.Density:
+def _solve(run, sample: prior.Sample, settings: Settings) -> density.Density:
     keys = None if settings.divergence == "exact" else sample.probes
     found = density.log_prob(run.model, run.params, sample.z, settings, keys, sample.segments)
     return jax.block_until_ready(found)
 
 
-def truth(run, sample: Draw, settings: Settings) -> np.ndarray:
+def truth(run, sample: prior.Sample, settings: Settings) -> np.ndarray:
     """log p(z) of each sequence, [B], nats, by the settings that errors are measured against.
 
     Raises:
@@ -219,7 +199,7 @@ def truth(run, sample: Draw, settings: Settings) -> np.ndarray:
     return np.asarray(found.log_prob, np.float64).sum(axis=1)
 
 
-def compare(run, sample: Draw, settings: Settings, right: np.ndarray) -> Setting:
+def compare(run, sample: prior.Sample, settings: Settings, right: np.ndarray) -> Setting:
     """Error and cost of one way to solve, against `truth`."""
     _solve(run, sample, settings)  # compiles
     start = time.perf_counter()
@@ -258,7 +238,7 @@ def sweep(run, base: Settings, count: int, seed: int, log: Callable[[str], None]
       seed: of posterior samples and probes.
       log: prints a line.
     """
-    sample = draw(run, count, seed)
+    sample = prior.draw(run, count, seed)
     dtype = "float64" if jax.config.jax_enable_x64 else "float32"
     reference = dataclasses.replace(base, solver="dopri8", steps=0, rtol=1e-6, atol=1e-6, max_steps=4000, dtype=dtype)
     right = truth(run, sample, reference)
@@ -272,7 +252,7 @@ def sweep(run, base: Settings, count: int, seed: int, log: Callable[[str], None]
 
 def probes(run, base: Settings, count: int, seed: int, log: Callable[[str], None]) -> list[Setting]:
     """As `sweep`, for the divergence: the truth is the exact one, the solver is that of ``base``."""
-    sample = draw(run, count, seed)
+    sample = prior.draw(run, count, seed)
     exact = dataclasses.replace(base, divergence="exact")
     right = truth(run, sample, exact)
     found = []

@@ -22,6 +22,7 @@ from cola_jax.types import Key, Params, UserError
 # Flow times at which the field is compared, and below which the model's flow is replaced.
 TIMES = (0.0, 0.02, 0.1, 0.3, 0.7)
 STARTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
+_NEAREST = 1e-4  # flow times of the bound keep this distance from data and noise
 _ROWS = 64  # sequences whose field is computed at a time
 
 
@@ -166,17 +167,15 @@ def exact_flow(
 ) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
     """Where the flow of N(mean, deviation^2) carries data by time t, and the log of its slope, elementwise.
 
-    ``z_t ~ N(signal mean, signal^2 deviation^2 + noise^2)``: the flow keeps the standard score of z.
-
     Args:
-      path: between data and noise, with ``signal(0) = 1`` and ``noise(0) = 0``.
+      path: between data and noise.
       z: data.
       mean, deviation: of the data.
       t: flow time.
     """
-    signal, noise = path.signal(jnp.float32(t)), path.noise(jnp.float32(t))
-    stretch = jnp.sqrt(jnp.square(signal) + jnp.square(noise / deviation))
-    return signal * mean + stretch * (z - mean), jnp.log(stretch)
+    start, then, variance = jnp.float32(0), jnp.float32(t), jnp.square(deviation)
+    slope = 0.5 * jnp.log(prediction.spread(path, then, variance) / prediction.spread(path, start, variance))
+    return prediction.follow_mean(path, z, mean, start, then, variance), slope
 
 
 def split(run, sample: Sample, starts: Sequence[float], settings: Settings) -> list[Split]:
@@ -250,7 +249,7 @@ def _weighted_errors(model, params: Params, path: str, sample: Sample, key: Key,
     batch, length, _ = sample.z.shape
     times, noise = jax.random.split(key)
     t = (offset + jax.random.uniform(times, (batch, length // size))) % 1.0
-    t = jnp.clip(t, 1e-4, 1 - 1e-4)
+    t = jnp.clip(t, _NEAREST, 1 - _NEAREST)
     each = jnp.repeat(t, size, axis=1)[..., None]
     noisy, _ = interpolate(along, sample.z, jax.random.normal(noise, sample.z.shape), each)
     target = prediction.posterior_velocity(along, noisy, each, sample.mean, jnp.square(sample.deviation))
@@ -265,8 +264,10 @@ def bound(
 ) -> Bound:
     """``E_t[weight(t) |v(z_t, t) - E[u | z_t, x]|^2]``: an unbiased estimate of a bound, one pass a draw.
 
-    The weight is `flow.path.likelihood_weight`. It costs no ODE and no divergence, so that it suits every evaluation;
-    the flow's own likelihood (`evaluation.likelihood.gap`) is a tighter number.
+    The weight is `flow.path.likelihood_weight`. It costs no ODE and no divergence, so that it suits every evaluation.
+    The flow's own likelihood (`evaluation.likelihood.gap`) is another number. The weight has a pole at t = 0: a field
+    that is not exact there (`DiTConfig.prediction` "velocity") has no finite bound, and what is returned is what times
+    from 1e-4 to 1 - 1e-4 give.
 
     Args:
       run: its model, parameters and path.
@@ -279,15 +280,15 @@ def bound(
     parts = np.zeros((len(edges) - 1, len(sample.z)))
     for index in range(draws):
         for first in range(0, len(sample.z), _ROWS):
-            rows_ = slice(first, first + _ROWS)
-            some = jax.tree.map(lambda x, rows_=rows_: x[rows_], sample)
+            batch = slice(first, first + _ROWS)
+            some = jax.tree.map(lambda x, batch=batch: x[batch], sample)
             key = jax.random.fold_in(rng.key(seed, "likelihood", 3), index * len(sample.z) + first)
             found, times = _weighted_errors(
                 model, params, run.config.stage2.path, some, key, jnp.float32(index / draws)
             )
             bins = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, len(edges) - 2)
             for part in range(len(parts)):
-                parts[part, rows_] += np.where(bins == part, found, 0.0).sum(axis=1) / draws
+                parts[part, batch] += np.where(bins == part, found, 0.0).sum(axis=1) / draws
     total = parts.sum(axis=0)
     means = [
         (float(low), float(high), per_token(part, sample.tokens))

@@ -19,9 +19,9 @@ from cola_jax.families import strategies
 from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
 from cola_jax.fields import like, require, setting
 from cola_jax.likelihood import estimators, requests
-from cola_jax.models import cola, dit, text_vae
+from cola_jax.models import cola, dit_config, text_vae
 from cola_jax.models.cola import ColaDLM
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.objectives import common, stage1, stage2
 from cola_jax.objectives.stage1 import Stage1Config
@@ -205,7 +205,7 @@ def flops_per_token(config: ColaConfig, stage: int) -> float:
         return 3 * vae
     copies = config.stage2.noise_copies
     times = 1 + copies * (latents // config.dit.block_size if config.stage2.time_per == "block" else 1)
-    prior = dit.forward_flops(config.dit, latents, 1 + copies, times) / config.vae.patch_size
+    prior = dit_config.forward_flops(config.dit, latents, 1 + copies, times) / config.vae.patch_size
     if config.dit.self_conditioning:
         prior *= 4 / 3  # the pass before, forward only
     if config.stage2.strategy == "fix_vae":

@@ -14,6 +14,11 @@ from cola_jax.flow.path import Path
 PREDICTIONS = ("velocity", "mean")
 
 
+def spread(path: Path, t: Array, variance: float | Array) -> Array:
+    """Variance ``signal^2 variance + noise^2`` of z_t around ``signal m``, for ``z_0 ~ N(m, variance)``."""
+    return path.signal(t) ** 2 * variance + path.noise(t) ** 2
+
+
 def mean_coefficients(path: Path, t: Array, variance: float | Array) -> tuple[Array, Array]:
     """``skip(t)`` and ``gate(t)`` of the velocity ``v = skip z_t + gate E[m | z_t]``.
 
@@ -30,10 +35,7 @@ def mean_coefficients(path: Path, t: Array, variance: float | Array) -> tuple[Ar
       variance: of the latents around their means, above 0; an array must broadcast against t.
     """
 
-    def spread(t):
-        return path.signal(t) ** 2 * variance + path.noise(t) ** 2
-
-    s, slope = jax.jvp(spread, (t,), (jnp.ones_like(t),))
+    s, slope = jax.jvp(lambda t: spread(path, t, variance), (t,), (jnp.ones_like(t),))
     signal, signal_slope = jax.jvp(path.signal, (t,), (jnp.ones_like(t),))
     skip = 0.5 * slope / s
     return skip, signal_slope - skip * signal
@@ -43,8 +45,8 @@ def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: 
     """``E[u | z_t, x]``: the velocity target when the noise of the latents is averaged out.
 
     For ``z_0 ~ N(mean, variance)`` as the encoder says of the text x. Its expectation given z_t alone is the same
-    field that the target u itself has (Rao-Blackwell), so that a regression has the same solution with less noise: of
-    u, the part ``sigma^2 / s`` on the linear path, all of it near the data, can be predicted by nobody.
+    field that the target u itself has (Rao-Blackwell), so that a regression has the same solution with less noise. What
+    nobody can predict of u has, on the linear path, the variance ``sigma^2 / s``: 1 at t = 0, sigma^2 at t = 1.
 
     Args:
       path: between data and noise.
@@ -59,7 +61,7 @@ def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: 
 def follow_mean(path: Path, z: Array, mean: Array, now: Array, later: Array, variance: float | Array) -> Array:
     """The flow from one time to another while the predicted mean stays as it is, in closed form.
 
-    The standard score ``(z - signal m) / sqrt(s)`` is then constant, with s as in `mean_coefficients`: a step without
+    The standard score ``(z - signal m) / sqrt(s)`` is then constant, with s the `spread`: a step without
     an error but that of the mean (an exponential integrator; with variance 0, DDIM's step).
 
     Args:
@@ -70,7 +72,5 @@ def follow_mean(path: Path, z: Array, mean: Array, now: Array, later: Array, var
       variance: of the latents around their means, above 0.
     """
 
-    def spread(t):
-        return path.signal(t) ** 2 * variance + path.noise(t) ** 2
-
-    return path.signal(later) * mean + jnp.sqrt(spread(later) / spread(now)) * (z - path.signal(now) * mean)
+    stretch = jnp.sqrt(spread(path, later, variance) / spread(path, now, variance))
+    return path.signal(later) * mean + stretch * (z - path.signal(now) * mean)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cola_jax.models.dit import BlockCausalDiT, DiTConfig
+from cola_jax.models.dit import BlockCausalDiT
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import TextVAE, VAEConfig
 from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Posterior

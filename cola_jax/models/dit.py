@@ -1,113 +1,23 @@
 """Block-causal diffusion transformer: the velocity of noisy latent blocks given clean earlier ones (SPEC 2, 9)."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from cola_jax import sharding
-from cola_jax.fields import check, require, setting
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS
+from cola_jax.models.dit_config import DiTConfig
+from cola_jax.models.dit_layer import DiTContext, DiTLayer
 from cola_jax.nn import attention, embeddings, visibility
-from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers, unstack_axis
+from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers
 from cola_jax.nn.modulation import Modulation, ModulationTables, spread, table_rows
 from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Params
-
-KV = tuple[Array, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Block-causal diffusion transformer (SPEC 2, 9)."""
-
-    latent_dim: int = setting(16, "channels of a latent, D; vae.latent_dim", at_least=1)
-    block_size: int = setting(8, "latents of a block, K", at_least=1)
-    dim: int = setting(128, "width of the residual stream", at_least=1)
-    num_heads: int = setting(4, "heads of attention", at_least=1)
-    head_dim: int = setting(32, "channels of a head", at_least=1)
-    num_layers: int = setting(3, "layers", at_least=1)
-    mlp_ratio: int = setting(4, "hidden width of the MLP over dim", at_least=1)
-    time_dim: int = setting(128, "width of the time embedding that the modulations read", at_least=1)
-    rope_dim: int = setting(
-        16, "channels of a head that are rotated", at_least=0, where=(lambda value: value % 2 == 0, "an even number")
-    )
-    rope_theta: float = setting(10_000.0, "base of the rotary frequencies", above=0)
-    qkv_bias: bool = setting(False, "of queries, keys and values, and of the projection behind them")
-    norm_eps: float = setting(1e-5, "added to the variance in norms", above=0)
-    block_position: bool = setting(False, "learned embedding of the index inside the block [ours]")
-    no_history_vector: bool = setting(False, "marks blocks whose history was dropped [ours]")
-    prediction: str = setting(
-        "velocity",
-        "what the network's output is; mean: of the latents' means, from which the velocity follows "
-        "(`flow.prediction`) [ours]",
-        choices=prediction.PREDICTIONS,
-    )
-    prediction_variance: float | None = setting(
-        None, "'mean': variance of normalised latents around their means; None: that of vae.logsnr", above=0
-    )
-    self_conditioning: bool = setting(
-        False, "the network reads an estimate of the means, its own of a pass or step before; needs 'mean' [ours]"
-    )
-    path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
-    time_frequency: float = setting(
-        1000.0, "highest angular frequency of the time features, radians over [0, 1]", above=0
-    )
-    attention_kernel: str = setting("auto", "splash is for TPUs; auto: where it suits", choices=attention.KERNELS)
-    remat: str = setting(
-        "none", "what the backward pass computes again (`scan_layers`)", choices=("none", "full", "attention", "dots")
-    )
-    unroll: int = setting(
-        1, "layers compiled one after another; all of them: longer compilation, 13 % less work a step", at_least=1
-    )
-
-    def validate(self) -> None:
-        check(self, "config.dit.")
-
-    def check_together(self, prefix: str) -> None:
-        need = f"at most head_dim = {self.head_dim}"
-        require(self.rope_dim <= self.head_dim, f"{prefix}rope_dim", self.rope_dim, need)
-        ok = not self.self_conditioning or self.prediction == "mean"
-        require(ok, f"{prefix}self_conditioning", True, "False where prediction is not 'mean'")
-
-
-def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:
-    """Forward FLOPs per latent of a row that has ``copies`` copies of ``latents`` latents, at ``times`` distinct times.
-
-    2 for each weight that a position passes through, and causal attention over half of the pairs; modulations are
-    computed once for each distinct time of a row.
-    """
-    width = config.num_heads * config.head_dim
-    layer = 2 * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2) + 2 * latents * width
-    passes = copies * (config.num_layers * layer + 2 * 2 * config.latent_dim * config.dim)
-    modulation = times / latents * config.num_layers * 2 * 6 * config.dim * config.time_dim
-    return passes + modulation
-
-
-@flax.struct.dataclass
-class DiTContext:
-    """What the layers share about a row of latents: the clean copy and its noisy copies in training, else one.
-
-    ``time`` holds the embedding of t = 0, then that of each of M stretches; in training the stretches are
-    those of the noisy copies, and the clean copy has t = 0, as ``pinned`` positions have.
-    """
-
-    time: Array | None  # [B or 1, 1 + M, E]; None: a row of the layer's modulation table serves all
-    coefficients: Array | None  # [B or 1, 1 + M, 2, 1], skip and gate (`prediction`); None: there are none
-    pinned: Array | None  # [B, R] bool
-    angles: Array
-    layout: attention.RowLayout | None = None  # None: with a cache, and these masks
-    own_mask: Array | None = None  # [#B, G, K, K]
-    history_mask: Array | None = None  # [#B, N, M]
-    index: Array | None = None  # row of the modulation tables
-    stretches: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)  # None: equal ones
 
 
 class Extended(NamedTuple):
@@ -122,69 +32,6 @@ class Extended(NamedTuple):
     velocity: Float[Array, "B Q D"]
     keys_values: tuple
     output: Float[Array, "B Q D"]
-
-
-class DiTLayer(nn.Module):
-    """Attention and MLP under AdaLN with gates that start at zero."""
-
-    config: DiTConfig
-    dtype: jnp.dtype
-
-    def setup(self):
-        config, dtype = self.config, self.dtype
-        self.qkv = Linear(
-            (3, config.num_heads, config.head_dim), ("embed", None, "heads", "kv"), config.qkv_bias, dtype=dtype
-        )
-        self.norm_q = LayerNorm(config.norm_eps, name_of_axis="kv")
-        self.norm_k = LayerNorm(config.norm_eps, name_of_axis="kv")
-        self.out = Linear((config.dim,), ("heads", "embed"), config.qkv_bias, dtype=dtype)
-        self.mlp_in = Linear((config.mlp_ratio * config.dim,), ("embed", "mlp"), dtype=dtype)
-        self.mlp_out = Linear((config.dim,), ("mlp", "embed"), dtype=dtype)
-        self.norm = LayerNorm(config.norm_eps, affine=False)
-        self.attention_modulation = Modulation((2, config.dim), dtype)
-        self.attention_gate = Modulation((1, config.dim), dtype)
-        self.mlp_modulation = Modulation((2, config.dim), dtype)
-        self.mlp_gate = Modulation((1, config.dim), dtype)
-
-    def __call__(self, x, inputs, context: DiTContext, last: bool = False):
-        """(the row after the layer, keys and values); ``last``: of a row of copies, without the clean one."""
-        cache, table = (None, None) if inputs is None else inputs
-        if table is None:
-            _, values = self.modulations(None, None, context.time)
-        else:
-            values = tuple(table_rows(v, context.index) for v in table)
-        clean = _clean(x, context)
-        sizes = (x.shape[1] - clean, clean, context.stretches)
-        shift, scale, *rest = (part for v in values for part in spread(v, context.pinned, *sizes))
-        attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
-        # Of the clean copy nobody reads more of the last layer than its keys and values.
-        x, attended, gate, mlp_shift, mlp_scale, mlp_gate = (y[:, clean if last else 0 :] for y in (x, attended, *rest))
-        x = sharding.constrain(x + gate * self.out(attended), "batch", "length", None)
-        h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
-        h = sharding.constrain(h, "batch", "length", "mlp")
-        # Keys and values leave the scan only where a cache will take them.
-        return x + mlp_gate * self.mlp_out(h), (None if clean else kv)
-
-    def modulations(self, carry, inputs, time: Array):
-        """(carry, modulations of the layer for ``time`` [B, M, E]): each [B, M, parts, C]."""
-        linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
-        return carry, tuple(linear(time) for linear in linears)
-
-    def _attention(self, x, cache: KV | None, context: DiTContext):
-        qkv = sharding.constrain(self.qkv(x), "batch", "length", None, "heads", "kv")
-        q, k, v = unstack_axis(qkv, 2)
-        q = embeddings.apply_rope(self.norm_q(q), context.angles, interleaved=True)
-        k = embeddings.apply_rope(self.norm_k(k), context.angles, interleaved=True)
-        if cache is None:
-            y = attention.attend_row(q, k, v, context.layout)
-        else:
-            y = attention.attend_cached(q, k, v, cache, context.history_mask, context.own_mask)
-        return y.reshape(*x.shape[:2], -1), (k, v)
-
-
-def _clean(x: Array, context: DiTContext) -> int:
-    """How many positions of a row are the clean copy that noisy ones follow."""
-    return context.layout.length if context.layout and x.shape[1] > context.layout.length else 0
 
 
 class BlockCausalDiT(nn.Module):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from flax import traverse_util
 
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.released.options import DIT, VAE
 
 # Released name -> path in our tree. "{i}" is the layer, which our trees stack on a leading axis.

@@ -7,7 +7,7 @@ kept as it is. A field that is in none of these lists is refused, since nobody k
 import math
 from typing import Any, NamedTuple
 
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.types import UserError
 

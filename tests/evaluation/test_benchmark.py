@@ -6,7 +6,7 @@ from models.tiny_models import BLOCK, dit_config, vae_config
 from cola_jax import config as configs
 from cola_jax import families, sampling
 from cola_jax.evaluation import benchmark
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 
 
 def test_flops_of_a_new_token():

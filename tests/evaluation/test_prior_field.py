@@ -18,7 +18,7 @@ from cola_jax.families.cola import FAMILY, ColaConfig
 from cola_jax.flow.path import PATHS
 from cola_jax.likelihood import Settings, density
 from cola_jax.models.cola import ColaDLM
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.runs import Run
 from cola_jax.types import UserError

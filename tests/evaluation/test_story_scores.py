@@ -14,7 +14,7 @@ from cola_jax.evaluation import stories as evaluation
 from cola_jax.evaluation.statistics import Proportion
 from cola_jax.families.cola import FAMILY, ColaConfig
 from cola_jax.models import cola
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.runs import Run
 from cola_jax.sampling import Settings

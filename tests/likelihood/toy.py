@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax.models.cola import ColaDLM
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.types import Posterior
 

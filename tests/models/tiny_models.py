@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax.models import cola
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 
 VOCAB, CHANNELS, BLOCK = 31, 4, 4

@@ -10,7 +10,7 @@ import pytest
 from models.tiny_models import assert_close, jit, normal
 
 from cola_jax.models import cola
-from cola_jax.models.dit import DiTConfig
+from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.text_vae import VAEConfig
 from cola_jax.nn import attention, splash
 from cola_jax.nn.visibility import BlockPlan
