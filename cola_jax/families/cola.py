@@ -37,6 +37,7 @@ class SampleConfig(configs.SampleConfig):
 
     steps: int = like(sampling.Settings, "steps")
     solver: str = like(sampling.Settings, "solver")
+    churn: float = like(sampling.Settings, "churn")
     guidance_scale: float = like(sampling.Settings, "guidance_scale", 2.0)
     pad_prompts: bool = setting(
         False, "fill a prompt's last block with padding that the model sees, as released code does"
@@ -220,6 +221,7 @@ def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
     return sampling.Settings(
         steps=sample.steps,
         solver=sample.solver,
+        churn=sample.churn,
         guidance_scale=sample.guidance_scale,
         max_new_tokens=sample.max_new_tokens,
         temperature=sample.temperature,

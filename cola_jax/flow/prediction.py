@@ -58,19 +58,40 @@ def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: 
     return skip * z_t + gate * mean
 
 
-def follow_mean(path: Path, z: Array, mean: Array, now: Array, later: Array, variance: float | Array) -> Array:
-    """The flow from one time to another while the predicted mean stays as it is, in closed form.
+def follow_mean(
+    path: Path,
+    z: Array,
+    mean: Array,
+    now: Array,
+    later: Array,
+    variance: float | Array,
+    churn: float = 0.0,
+    fresh: Array | None = None,
+) -> Array:
+    """From one time to another while the predicted mean stays as it is, in closed form.
 
-    The standard score ``(z - signal m) / sqrt(s)`` is then constant, with s the `spread`: a step without
-    an error but that of the mean (an exponential integrator; with variance 0, DDIM's step).
+    The standard score ``e = (z - signal m) / sqrt(s)``, with s the `spread`, is constant along the flow: a step without
+    an error but that of the mean (an exponential integrator; with variance 0, DDIM's step). With ``churn`` above 0 the
+    step is a stochastic process with the same marginals: e forgets at ``churn / 2`` times the rate of the log-SNR
+    ``log(signal^2 / s)``,
+
+        e_later = rho e_now + sqrt(1 - rho^2) fresh,  rho = (SNR_now / SNR_later)^(churn / 2).
+
+    1 is the reverse of the process that only adds noise (with variance 0, DDPM's ancestral step).
 
     Args:
       path: between data and noise.
       z: state at ``now``.
       mean: predicted there.
-      now, later: flow times.
-      variance: of the latents around their means, above 0.
+      now, later: flow times; with churn, ``later`` is the nearer to the data.
+      variance: of the latents around their means; with 0, ``now`` must be above 0.
+      churn: at least 0; 0 is the flow.
+      fresh: noise N(0, I) shaped as z; only needed with churn.
     """
-
-    stretch = jnp.sqrt(spread(path, later, variance) / spread(path, now, variance))
-    return path.signal(later) * mean + stretch * (z - path.signal(now) * mean)
+    start, end = spread(path, now, variance), spread(path, later, variance)
+    away = z - path.signal(now) * mean
+    if not churn:
+        return path.signal(later) * mean + jnp.sqrt(end / start) * away
+    ratio = path.signal(now) ** 2 * end / (path.signal(later) ** 2 * start)
+    kept = ratio**churn
+    return path.signal(later) * mean + jnp.sqrt(end) * (jnp.sqrt(kept / start) * away + jnp.sqrt(1 - kept) * fresh)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from cola_jax import rng, sharding
 from cola_jax.models.cola import ColaDLM
-from cola_jax.sampling import blocks, conditioning, transport
+from cola_jax.sampling import blocks, conditioning
 from cola_jax.sampling.blocks import Generation
 from cola_jax.sampling.conditioning import Ids
 from cola_jax.sampling.settings import Settings
@@ -42,8 +42,8 @@ def _keys(key: Key | None, settings: Settings, count: int, sample_ids, noise) ->
     if sample_ids is not None and len(sample_ids) != count:
         raise UserError(f"sampling sample_ids: {len(sample_ids)} given, there must be one for each of {count} prompts")
     if key is None:
-        if noise is None or settings.temperature or settings.conditioning == "repaint":
-            raise UserError("sampling key = None: only with explicit noise, temperature 0 and no repainting")
+        if noise is None or settings.temperature or settings.churn or settings.conditioning == "repaint":
+            raise UserError("sampling key = None: only with explicit noise, temperature 0, churn 0 and no repainting")
         key = jax.random.key(0)
     ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
     return rng.fold_in(key, ids)
@@ -65,7 +65,7 @@ def _run(model, params, layout, settings, count: int, keys, noise, mesh: Mesh | 
             )
         count = min(count, noise.shape[1])
     model, params = blocks.prepare(model, params)
-    plan = transport.make_plan(model, settings, count)
+    plan = Plan(model, settings, count)
     if mesh is None:
         return blocks.run(plan, params, layout, keys, noise)
     layout, keys, noise = jax.device_put((layout, keys, noise), sharding.batch_sharding(mesh))
@@ -90,7 +90,7 @@ def generate(
       params: its variables.
       prompts: token ids; an empty prompt generates from nothing.
       settings: see `Settings`.
-      key: source of noise and token draws; may be None with ``noise`` and temperature 0.
+      key: source of all draws; may be None with ``noise``, where nothing else is drawn.
       noise: the noise of every block, in place of the key's. Fewer blocks than the budget needs end the output.
       sample_ids: identity of each sample in the random stream; its index by default.
       mesh: sequences over its axes data and fsdp, heads over tensor; the parameters must be there. The number of
@@ -228,7 +228,7 @@ def stream(
     keys = _keys(key, settings, len(prompts), sample_ids, None)
     layout = conditioning.prompts(model, prompts, settings)
     model, params = blocks.prepare(model, params)
-    plan = transport.make_plan(model, settings, _block_count(model, settings, settings.max_new_tokens))
+    plan = Plan(model, settings, _block_count(model, settings, settings.max_new_tokens))
     return _stream(plan, blocks.tabulate(plan, params), blocks.start(plan, params, layout, keys), estimates)
 
 
@@ -298,7 +298,7 @@ def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tupl
     width = max(conditioning.prompts(model, [prompt], settings).tokens.shape[1] for prompt in prompts)
     count = _block_count(model, settings, settings.max_new_tokens)
     model, params = blocks.prepare(model, params)
-    plan = transport.make_plan(model, settings, count)
+    plan = Plan(model, settings, count)
     weights = blocks.tabulate(plan, params)
 
     def begin(indices: list[int]):

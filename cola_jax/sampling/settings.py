@@ -30,8 +30,14 @@ class Settings:
     steps: int = setting(16, "steps of the solver in each block", at_least=1)
     solver: str = setting(
         "euler",
-        "heun: two evaluations a step; exponential: one, for models that predict means; the others: diffrax's",
+        "heun: two evaluations a step; exponential: one, exact while the predicted mean stays; the others: diffrax's",
         choices=SOLVERS,
+    )
+    churn: float = setting(
+        0.0,
+        "noise that each step of solver 'exponential' renews; 0: none, the flow; 1: the reverse diffusion (ancestral "
+        "sampling, DDPM); above: more",
+        at_least=0,
     )
     time_shift: float = setting(
         1.0, "1: even steps; above: more of them near the noise, below: near the data (`flow.solve.Grid`)", above=0
@@ -116,3 +122,5 @@ class Settings:
         ok = self.conditioning != "repaint" or self.solver in solve.STEPPERS
         need = "one of " + ", ".join(map(repr, solve.STEPPERS)) + " with conditioning 'repaint'"
         require(ok, f"{prefix}solver", self.solver, need)
+        ok = not self.churn or self.solver == "exponential"
+        require(ok, f"{prefix}churn", self.churn, f"0 with solver {self.solver!r}; only 'exponential' has it")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from cola_jax import rng
 from cola_jax.flow import guidance, path, prediction, solve
 from cola_jax.flow.path import PATHS, Path
 from cola_jax.models.cola import ColaDLM
@@ -17,7 +18,10 @@ from cola_jax.nn.visibility import BlockPlan
 from cola_jax.sampling import cache as caches
 from cola_jax.sampling.cache import Cache
 from cola_jax.sampling.settings import Settings
-from cola_jax.types import Params, UserError
+from cola_jax.types import Params
+
+# Of the random stream of a block: 0 is its noise, 1 its tokens (`blocks`).
+_CHURN = 2
 
 
 class Precomputed(NamedTuple):
@@ -48,13 +52,6 @@ class Plan(NamedTuple):
     @property
     def path(self) -> Path:
         return PATHS[self.settings.path]
-
-
-def make_plan(model: ColaDLM, settings: Settings, blocks: int) -> Plan:
-    """The plan; raises UserError for settings that the model does not have."""
-    if settings.solver == "exponential" and model.dit_config.prediction != "mean":
-        raise UserError("sampling solver = 'exponential': must be another one, since dit.prediction is not 'mean'")
-    return Plan(model, settings, blocks)
 
 
 class NextBlock(NamedTuple):
@@ -177,18 +174,16 @@ def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cach
         z, estimate = carried
         v, output = prior.velocity(cache, z, index, guided, estimate) if found is None else found
         estimate = output if feeds_back else None
-        now, later = times[index], times[index + 1]
         if settings.solver == "exponential":
-            variance = plan.model.dit_config.prediction_variance
-            z_later = prediction.follow_mean(plan.path, z, output, now, later, variance)
+            z_later = _follow(plan, block.keys, z, v, output, index)
             z_later = jnp.where(prior.pinned[..., None], z, z_later)
         else:
             z_later = solve.step(
                 settings.solver,
                 lambda z, _: prior.velocity(cache, z, index + 1, guided, estimate)[0],
-                z, now, later, v,
+                z, times[index], times[index + 1], v,
             )  # fmt: skip
-        return (z_later, estimate), (path.to_data(plan.path, z, v, now) if estimates else None)
+        return (z_later, estimate), (path.to_data(plan.path, z, v, times[index]) if estimates else None)
 
     carried, guess = advance((z, None), jnp.int32(0), guided[0], first)
     guesses = [] if guess is None else [guess[None]]
@@ -196,6 +191,21 @@ def carry(plan: Plan, precomputed: Precomputed, block: NextBlock, z, cache: Cach
         carried, more = jax.lax.scan(lambda c, i, on=stretch: advance(c, i, on), carried, jnp.array(list(group)))
         guesses += [] if more is None else [more]
     return carried[0], cache, (jnp.concatenate(guesses) if guesses else None)
+
+
+def _follow(plan: Plan, keys, z, v, output, index):
+    """A step of the exponential solver from the time of an index of the grid to the next.
+
+    A model that predicts velocities is followed as one that predicts the data: latents of variance 0 around it.
+    """
+    settings, times, config = plan.settings, jnp.asarray(plan.times), plan.model.dit_config
+    mean, variance = output, config.prediction_variance
+    if config.prediction == "velocity":
+        mean, variance = path.to_data(plan.path, z, v, times[index]), 0.0
+    fresh = None
+    if settings.churn:
+        fresh = rng.normal(rng.fold_in(rng.fold_in(keys, _CHURN), index), z.shape[1:])
+    return prediction.follow_mean(plan.path, z, mean, times[index], times[index + 1], variance, settings.churn, fresh)
 
 
 def _field(prior: GuidedPrior, cache: Cache) -> solve.Velocity:

@@ -7,6 +7,7 @@ the earlier steps as they were. What proves that a step is intact is in `verifie
 """
 
 import asyncio
+import functools
 import json
 import math
 from collections.abc import Callable, Collection
@@ -61,15 +62,19 @@ class Checkpoints:
         self, directory: Path, keep: int, report: Callable[[str], None] = print, milestones: Collection[int] = ()
     ):
         self.directory = Path(directory).absolute()
-        self._report = report
+        self._report, self._keep, self._milestones = report, keep, sorted(milestones)
         self.directory.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made by the first save: it cleans up in a thread, which must not outlive a run that fails at its start."""
         handlers = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             # "files" is the last: it sees the others complete.
             item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler(), "files": verified.FilesHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), CustomSteps(sorted(milestones))]),
+                preservation_policy=AnyPreservationPolicy([LatestN(self._keep), CustomSteps(self._milestones)]),
                 # What a killed process left half written; finished steps have no temporary name.
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
@@ -113,6 +118,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises UserError if it could not be written."""
+        if not self._has_saved:
+            return
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -121,7 +128,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and frees the background threads."""
         self.wait()
-        self._manager.close()
+        if self._has_saved:
+            self._manager.close()
+
+    @property
+    def _has_saved(self) -> bool:
+        return "_manager" in self.__dict__
 
     def restore(self, target: TrainState) -> tuple[int, TrainState, dict] | None:
         """The newest step that passes verification; None if nothing was ever saved.
@@ -172,7 +184,8 @@ class Checkpoints:
                 (self.directory / str(step)).rename(place)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("rejected checkpoints")
-        self._manager.reload()
+        if self._has_saved:
+            self._manager.reload()
 
 
 def _rebuild(target: TrainState, arrays: dict[str, dict[str, jax.Array]]) -> TrainState:

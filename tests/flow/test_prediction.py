@@ -1,5 +1,7 @@
 """The velocity that follows from a predicted mean, against conditional Gaussians in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,57 @@ def test_following_the_mean_is_the_flow_in_small_steps(path, now, later):
     small = solve.integrate(velocity, z, times, "dopri5")
     found = prediction.follow_mean(PATHS[path], z, mean, jnp.float32(now), jnp.float32(later), VARIANCE)
     np.testing.assert_allclose(found, small, atol=1e-5)
+
+
+def churned(path, z, mean, times, variance, churn, seed=0):
+    for index, (now, later) in enumerate(itertools.pairwise(jnp.asarray(times, jnp.float32))):
+        fresh = jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), z.shape)
+        z = prediction.follow_mean(path, z, mean(z, now), now, later, variance, churn, fresh)
+    return z
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("churn", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("times", [(0.9, 0.2), (0.9, 0.6, 0.5, 0.2)])
+def test_churn_forgets_as_fast_whatever_the_steps(path, churn, times):
+    """With a mean that stays, the standard score is an Ornstein-Uhlenbeck process in the log-SNR."""
+    path, mean, count = PATHS[path], jnp.float32(0.7), 100_000
+    spreads = [float(prediction.spread(path, jnp.float32(t), VARIANCE)) for t in (times[0], times[-1])]
+    signals = [float(path.signal(jnp.float32(t))) for t in (times[0], times[-1])]
+    score = jax.random.normal(jax.random.key(1), (count,))
+    z = churned(path, signals[0] * mean + spreads[0] ** 0.5 * score, lambda z, t: mean, times, VARIANCE, churn)
+    end = (z - signals[1] * mean) / spreads[1] ** 0.5
+    rate = (signals[0] ** 2 / spreads[0]) / (signals[1] ** 2 / spreads[1])
+    expected = [0.0, 1.0, rate ** (churn / 2)]
+    np.testing.assert_allclose([end.mean(), end.var(), (end * score).mean()], expected, atol=0.02)
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.1])
+@pytest.mark.parametrize("churn", [0.0, 1.0, 2.0])
+def test_churn_keeps_the_marginals_of_the_flow(variance, churn):
+    """Gaussian data, whose posterior mean is known: all go to N(2, tau^2 + variance); with churn nothing is left of
+    the noise."""
+    path, tau, count = PATHS["linear"], 0.8, 40_000
+
+    def mean(z, t):
+        spread, signal = prediction.spread(path, t, variance), path.signal(t)
+        return 2 + signal * tau**2 / (signal**2 * tau**2 + spread) * (z - signal * 2)
+
+    noise = jax.random.normal(jax.random.key(1), (count,))
+    z = churned(path, noise, mean, solve.Grid().times(400), variance, churn)
+    np.testing.assert_allclose([z.mean(), z.var()], [2.0, tau**2 + variance], atol=0.03)
+    correlation = np.corrcoef(z, noise)[0, 1]
+    assert correlation > 0.99 if churn == 0 else abs(correlation) < 0.05
+
+
+def test_one_step_with_churn_is_the_bayesian_posterior_of_ddpm():
+    """Variance 0 on the trigonometric (variance preserving) path: mean and variance of q(z_s | z_t, z_0) of DDPM."""
+    path, z, data = PATHS["trigonometric"], jnp.full(100_000, 0.4), jnp.float32(-0.3)
+    now, later = jnp.float32(0.7), jnp.float32(0.5)
+    fresh = jax.random.normal(jax.random.key(0), z.shape)
+    found = prediction.follow_mean(path, z, data, now, later, 0.0, 1.0, fresh)
+    a_now, a_later = (float(path.signal(t)) ** 2 for t in (now, later))  # DDPM's cumulative products
+    beta = 1 - a_now / a_later
+    mean = np.sqrt(a_later) * beta / (1 - a_now) * data + np.sqrt(1 - beta) * (1 - a_later) / (1 - a_now) * 0.4
+    np.testing.assert_allclose(found.mean(), mean, atol=0.005)
+    np.testing.assert_allclose(found.var(), beta * (1 - a_later) / (1 - a_now), rtol=0.02)

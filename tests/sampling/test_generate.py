@@ -45,6 +45,8 @@ WAYS = {
     "heun": {"solver": "heun"},
     "midpoint": {"solver": "midpoint"},
     "exponential": {"solver": "exponential"},
+    "ancestral": {"solver": "exponential", "churn": 1.0},
+    "churn": {"solver": "exponential", "churn": 0.5},
     "shifted": {"time_shift": 3.0},
     "left_pad": {"conditioning": "left_pad"},
     "right_pad": {"conditioning": "right_pad"},
@@ -74,7 +76,7 @@ def generated(name, settings, seed=None):
 def reference(name, prompt, noise, settings, keys=None):
     """(new tokens, latents) of one prompt: whole sequences, no cache, one pass for each branch, NumPy where it can be.
 
-    ``keys``: of each block, for what repainting draws.
+    ``keys``: of each block, for what repainting and churn draw.
     """
     model, params = create(*MODELS[name])
     patch, per_block = model.vae_config.patch_size, model.vae_config.patch_size * BLOCK
@@ -129,7 +131,7 @@ def reference(name, prompt, noise, settings, keys=None):
             estimate = predicted_mean(v, values, time)
         return one_pass(values, here, pinned, time, estimate)
 
-    def step(z, here, pinned, now, later, estimate=None):
+    def step(z, here, pinned, now, later, estimate=None, key=None):
         """(z after the step, the estimate that the next one reads)."""
         v, found = velocity(z, here, pinned, now, estimate), None
         if feeds_back and settings.solver != "midpoint":
@@ -139,8 +141,15 @@ def reference(name, prompt, noise, settings, keys=None):
         if settings.solver == "heun":
             v = (v + velocity(z + (later - now) * v, here, pinned, later, found)) / 2
         if settings.solver == "exponential":
-            at, then = ((1 - t) ** 2 * model.dit_config.prediction_variance + t**2 for t in (now, later))
-            moved = (1 - later) * found + np.sqrt(then / at) * (z - (1 - now) * found)
+            predicts_mean = model.dit_config.prediction == "mean"
+            mean, variance = (found, model.dit_config.prediction_variance) if predicts_mean else (z - now * v, 0.0)
+            at, then = ((1 - t) ** 2 * variance + t**2 for t in (now, later))
+            score = (z - (1 - now) * mean) / np.sqrt(at)
+            if settings.churn:
+                kept = (((1 - now) ** 2 / at) / ((1 - later) ** 2 / then) if then else 0.0) ** settings.churn
+                fresh = np.asarray(jax.random.normal(key, z.shape))
+                score = np.sqrt(kept) * score + np.sqrt(1 - kept) * fresh
+            moved = (1 - later) * mean + np.sqrt(then) * score
             return np.where(pinned[here][:, None], z, moved), found
         return z + (later - now) * v, found
 
@@ -175,8 +184,11 @@ def reference(name, prompt, noise, settings, keys=None):
         else:
             z = np.where(known[here][:, None], sequence[here], z)
             estimate = np.zeros_like(z) if feeds_back and settings.solver != "midpoint" else None
-            for now, later in itertools.pairwise(times):
-                z, estimate = step(z, here, known, now, later, estimate)
+            for index, (now, later) in enumerate(itertools.pairwise(times)):
+                draw = None
+                if settings.churn:
+                    draw = jax.random.fold_in(jax.random.fold_in(keys[len(latents)], 2), index)
+                z, estimate = step(z, here, known, now, later, estimate, draw)
         sequence[here] = z
         logits = apply(model, params, sequence[None], segments, method="decode")
         logits = np.array(logits[0, start * patch : (start + BLOCK) * patch])
@@ -200,18 +212,22 @@ IN_SHORT = ("guidance 3", "early guidance", "left_pad", "repaint", "repaint, m =
             way,
             marks=()
             if (name, way)
-            in (("patch1", "guidance 3"), ("fed back", "exponential"), *(("patch2", w) for w in IN_SHORT))
+            in (
+                ("patch1", "guidance 3"),
+                ("fed back", "churn"),
+                ("patch2", "ancestral"),
+                *(("patch2", w) for w in IN_SHORT),
+            )
             else pytest.mark.slow,
         )
         for name in MODELS
         for way in WAYS
-        if way != "exponential" or name == "fed back"
     ],
 )
 def test_generation_equals_a_loop_without_caches(name, way):
     settings = settings_of(name, **WAYS[way])
     key = jax.random.key(0)
-    out = generated(name, settings, 0) if "repaint" in way else generated(name, settings)
+    out = generated(name, settings, 0) if "repaint" in way or settings.churn else generated(name, settings)
     assert out.tokens.shape == (5, settings.max_new_tokens)
     for row, prompt in enumerate(prompts_of(name)):
         keys = [jax.random.fold_in(jax.random.fold_in(key, row), block) for block in range(4)]
@@ -425,16 +441,6 @@ def test_a_bad_setting_is_told(changes, message):
     with pytest.raises(UserError) as error:
         sampling.generate(model, params, [[1]], Settings(**changes), key=jax.random.key(0))
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize("call", [sampling.generate, sampling.stream])
-def test_the_exponential_solver_needs_predicted_means(call):
-    model, params = create(*MODELS["patch1"])
-    with pytest.raises(UserError) as error:
-        list(call(model, params, [[1]], Settings(solver="exponential"), key=jax.random.key(0)))
-    assert (
-        str(error.value) == "sampling solver = 'exponential': must be another one, since dit.prediction is not 'mean'"
-    )
 
 
 @pytest.mark.parametrize(
