@@ -20,5 +20,5 @@ def get_config():
     config.optimizer1.learning_rate = 1e-2
     config.optimizer2.update(learning_rate=5e-3, warmup_steps=100, ema=0.995)
     config.train.update(log_every=100, eval_every=1000, checkpoint_every=1000)
-    config.sample.update(solver="exponential", guidance_scale=1.5)
+    config.sample.update(solver="exponential", churn=6.0, steps=32, guidance_scale=1.0)
     return config

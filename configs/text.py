@@ -16,18 +16,18 @@ def get_config():
         corpus="text",
         files="corpus.txt",
         document_separator="\n\n",
-        vocab_size=1024,
+        vocab_size=2048,
         sequence_length=128,
         packing="concat",
-        batch_size=16,
+        batch_size=8,
         holdout=0.05,
     )
     config.vae.update(
-        dim=128, ffn_dim=512, num_heads=4, encoder_layers=2, decoder_layers=2, latent_dim=16, block_size=16
+        dim=128, ffn_dim=512, num_heads=4, encoder_layers=2, decoder_layers=2, latent_dim=16, block_size=16, logsnr=2.0
     )
     config.dit.update(
         latent_dim=16,
-        block_size=4,
+        block_size=2,
         dim=192,
         num_heads=6,
         head_dim=32,
@@ -37,13 +37,14 @@ def get_config():
         block_position=True,
         no_history_vector=True,
         unroll=4,
+        prediction="mean",
     )
-    config.stage1.update(steps=250, kl_weight=1e-3, mask_weight=0.1)
+    config.stage1.update(steps=600, kl_weight=1e-3, mask_weight=0.0)
     config.stage2.update(
-        steps=900, strategy="joint", vae_learning_rate_ratio=0.3, history_dropout=0.1, reference_weight=0.01
+        steps=6000, history_dropout=0.1, noise_copies=2, target="posterior", time_loc=0.5, time_scale=1.5
     )
-    config.optimizer1.update(learning_rate=2e-3, warmup_steps=50)
-    config.optimizer2.update(learning_rate=3e-3, warmup_steps=50, ema=0.99)
-    config.train.update(log_every=50, eval_every=200, checkpoint_every=200, sample_every=0, num_samples=3)
-    config.sample.update(steps=16, guidance_scale=3.0, max_new_tokens=64)
+    config.optimizer1.update(learning_rate=5e-3, warmup_steps=50)
+    config.optimizer2.update(learning_rate=3e-3, warmup_steps=100, ema=0.995)
+    config.train.update(log_every=100, eval_every=1000, checkpoint_every=1000, sample_every=0, num_samples=3)
+    config.sample.update(steps=32, solver="exponential", churn=6.0, guidance_scale=1.0, max_new_tokens=128)
     return config

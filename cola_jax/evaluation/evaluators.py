@@ -10,9 +10,9 @@ import numpy as np
 
 from cola_jax import release, rng, runs, sharding
 from cola_jax.config import Config, EvaluationConfig, TrainConfig
-from cola_jax.data import corpora, packing, pipeline
+from cola_jax.data import corpora, pipeline
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation import prior, stories
+from cola_jax.evaluation import prior, stories, texts
 from cola_jax.evaluation.statistics import Proportion, per_token
 from cola_jax.families.interface import Family
 from cola_jax.likelihood import Settings
@@ -80,27 +80,24 @@ def prior_field(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> 
         log(str(line))
     by_time = {f"{row.time:g}": row.error.mean for row in errors}
     found = {"field_error": by_time, "bound": bound.total.mean, "bound_error": bound.total.error}
+    found |= {"reconstruction": bound.reconstruction.mean}
+    found |= {"bits_per_byte": bound.bits_per_byte.mean, "bits_per_byte_error": bound.bits_per_byte.error}
     if bound.excess is not None:
         found |= {"above_entropy": bound.excess.mean, "above_entropy_error": bound.excess.error}
     return {"prior": found}
 
 
-def _log_probs(run: Run, texts: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """log p of each text under a run, its tokens and one end of text, and whether log p is exact or a bound.
-
-    A text that is longer than the run's context is cut there.
-    """
+def _log_probs(run: Run, written: Sequence[str], seed: int) -> tuple[np.ndarray, texts.Cut, str]:
+    """log p of each text under a run, cut to its context, the cut texts, and whether log p is exact or a bound."""
     data, settings, key = run.config.data, run.family.score_settings(), rng.key(seed, "likelihood")
     run.family.check_scorable(run.model, run.params)
-    ids = [packing.document_tokens(text, run.tokenizer, data.align)[: data.sequence_length].tolist() for text in texts]
-    log_prob, bound = [], ""
-    for start in range(0, len(ids), _LIKELIHOOD_ROWS):
-        tokens, segments = stack(ids[start : start + _LIKELIHOOD_ROWS], data.sequence_length)
+    cut, log_prob, bound = texts.cut(written, run.tokenizer, data), [], ""
+    for start in range(0, len(written), _LIKELIHOOD_ROWS):
+        tokens, segments = stack(cut.ids[start : start + _LIKELIHOOD_ROWS], data.sequence_length)
         scores = run.family.score(run.model, run.params, tokens, segments, settings, jax.random.fold_in(key, start))
         log_prob.append(np.asarray(scores.log_prob))
         bound = scores.bound
-    counted = np.array([min(len(run.tokenizer.encode(text)) + 1, data.sequence_length) for text in texts])
-    return np.concatenate(log_prob), counted, bound
+    return np.concatenate(log_prob), cut, bound
 
 
 def likelihood(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
@@ -108,13 +105,16 @@ def likelihood(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
     data = run.config.data
     documents = corpora.documents(data, "holdout", run.config.data_seed)
     chosen = [documents[i] for i in range(min(evaluation.count, len(documents)))]
-    log_prob, counted, bound = _log_probs(run, chosen, seed)
-    rate, error = per_token(-log_prob, counted)
+    log_prob, cut, bound = _log_probs(run, chosen, seed)
+    rate, error = per_token(-log_prob, cut.tokens)
+    bits, bits_error = per_token(-log_prob / math.log(2), cut.bytes)
     found = {"nats_per_token": rate, "error": error, "bound": bound, "documents": len(chosen)}
+    found |= {"bits_per_byte": bits, "bits_per_byte_error": bits_error}
     line = f"held out: {'' if bound == 'exact' else 'bound on '}-log p(x) {rate:.4f} +- {error:.4f} nats a token"
+    line += f", {bits:.4f} +- {bits_error:.4f} bits a byte"
     if data.corpus == "stories":
         known = Stories(data.stories)
-        entropy, spread = per_token(-np.array([known.log_prob(text) for text in chosen]), counted)
+        entropy, spread = per_token(-np.array([known.log_prob(text) for text in chosen]), cut.tokens)
         found |= {"entropy": entropy, "entropy_error": spread}
         line += f"; exact entropy of the same stories {entropy:.4f} +- {spread:.4f}"
     log(f"{line} ({len(chosen)} documents)")
@@ -127,9 +127,9 @@ def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
     if not path:
         raise UserError("config.evaluation.scorer = '': must name the run that scores generated texts")
     scorer = runs.load(path, flag="config.evaluation.scorer")
-    texts = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
-    log_prob, counted, _ = _log_probs(scorer, texts, seed)
-    rate, error = per_token(-log_prob, counted)
+    written = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
+    log_prob, cut, _ = _log_probs(scorer, written, seed)
+    rate, error = per_token(-log_prob, cut.tokens)
     log(f"generative perplexity under {path}: {math.exp(rate):.3f} ({rate:.4f} +- {error:.4f} nats a token)")
     return {"perplexity": {"value": math.exp(rate), "nats_per_token": rate, "error": error, "scorer": path}}
 

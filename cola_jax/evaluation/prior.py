@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cola_jax import likelihood, rng
-from cola_jax.data import corpora, packing
+from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
+from cola_jax.evaluation import texts
 from cola_jax.evaluation.statistics import Mean, per_token
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS, Path, interpolate, likelihood_weight
 from cola_jax.likelihood import Settings, density, estimators, rows, weights
+from cola_jax.objectives import common
 from cola_jax.types import Key, Params, UserError
 
 # Flow times at which the field is compared, and below which the model's flow is replaced.
@@ -36,6 +38,8 @@ class Sample(NamedTuple):
       probes: keys of Hutchinson's probes, one for each of the G blocks.
       segments: 0 for padding.
       tokens: of each text and one end of text, within the context.
+      bytes: of UTF-8 of each text, within the context.
+      reconstruction: -log p(x|z) of each text, nats.
       entropy: -log p*(x) of each text, nats; None where it is not known: another corpus, or texts that were cut.
     """
 
@@ -46,6 +50,8 @@ class Sample(NamedTuple):
     probes: Key
     segments: Int[Array, "B N"]
     tokens: np.ndarray
+    bytes: np.ndarray
+    reconstruction: np.ndarray
     entropy: np.ndarray | None
 
 
@@ -65,27 +71,30 @@ def draw(run, count: int, seed: int) -> Sample:
     documents = corpora.documents(data, "holdout", run.config.data_seed)
     if count > len(documents):
         raise UserError(f"count = {count}: must be at most the {len(documents)} held-out texts")
-    texts = [documents[i] for i in range(count)]
-    whole = [packing.document_tokens(text, run.tokenizer, data.align).tolist() for text in texts]
-    context = data.sequence_length
-    made = rows.make_rows(model, *likelihood.stack([ids[:context] for ids in whole]))
-    tokens = np.array([min(len(run.tokenizer.encode(text)) + 1, context) for text in texts])
+    found = [documents[i] for i in range(count)]
+    cut = texts.cut(found, run.tokenizer, data)
+    made = rows.make_rows(model, *likelihood.stack(cut.ids))
     entropy = None
-    if data.corpus == "stories" and all(len(ids) <= context for ids in whole):
+    if data.corpus == "stories" and cut.whole:
         known = Stories(data.stories)
-        entropy = -np.array([known.log_prob(text) for text in texts])
+        entropy = -np.array([known.log_prob(text) for text in found])
     posterior = weights.encode(model, run.params, made)
     deviation = jnp.exp(0.5 * posterior.logvar) * abs(model.vae_config.scale)
     mean, shape = model.normalize(posterior.mean), posterior.mean.shape
     sample, noise, probe = (rng.key(seed, "likelihood", step, np.arange(count)) for step in range(3))
+    z = mean + deviation * rng.normal(sample, shape[1:])
+    segments = jnp.asarray(made.real[:, :: model.vae_config.patch_size])
+    cross_entropy = common.token_scores(model, run.params, z, jnp.asarray(made.tokens), segments).cross_entropy
     return Sample(
-        z=mean + deviation * rng.normal(sample, shape[1:]),
+        z=z,
         mean=mean,
         deviation=deviation,
         noise=rng.normal(noise, shape[1:]),
         probes=jnp.stack(rng.split(probe, shape[1] // model.dit_config.block_size), axis=1),
-        segments=jnp.asarray(made.real[:, :: model.vae_config.patch_size]),
-        tokens=tokens,
+        segments=segments,
+        tokens=cut.tokens,
+        bytes=cut.bytes,
+        reconstruction=np.asarray(jnp.where(made.real > 0, cross_entropy, 0.0).sum(axis=1), np.float64),
         entropy=entropy,
     )
 
@@ -230,16 +239,23 @@ class Bound(NamedTuple):
         with the flow's marginals loses against the flow.
       parts: of it, what arises between two flow times each: (from, to, mean).
       excess: total less H(X); None where that is not known.
+      reconstruction: -log p(x|z); with the total it bounds -log p(x).
+      bits_per_byte: of that bound.
     """
 
     total: Mean
     parts: list[tuple[float, float, Mean]]
     excess: Mean | None
+    reconstruction: Mean
+    bits_per_byte: Mean
 
     def __str__(self) -> str:
         known = "" if self.excess is None else f", above the entropy {self.excess}"
         parts = ", ".join(f"{low:g} to {high:g}: {part.mean:.3f}" for low, high, part in self.parts)
-        return f"single-time bound on log q - log p: {self.total}{known} nats per token; by flow time {parts}"
+        return (
+            f"single-time bound on log q - log p: {self.total}{known} nats per token; by flow time {parts}; "
+            f"reconstruction {self.reconstruction}; together {self.bits_per_byte} bits per byte"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -295,4 +311,11 @@ def bound(
         for low, high, part in zip(edges[:-1], edges[1:], parts, strict=True)
     ]
     excess = None if sample.entropy is None else per_token(total - sample.entropy, sample.tokens)
-    return Bound(per_token(total, sample.tokens), means, excess)
+    bits = (total + sample.reconstruction) / math.log(2)
+    return Bound(
+        per_token(total, sample.tokens),
+        means,
+        excess,
+        per_token(sample.reconstruction, sample.tokens),
+        per_token(bits, sample.bytes),
+    )

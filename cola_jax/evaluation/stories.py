@@ -16,7 +16,7 @@ from cola_jax.runs import Run
 
 # Settings of a generation that a report names, where the family has them.
 _SHOWN = (
-    *("prior", "guidance_scale", "steps", "conditioning", "repaint_cycles", "repaint_fraction"),
+    *("prior", "solver", "churn", "guidance_scale", "steps", "conditioning", "repaint_cycles", "repaint_fraction"),
     *("temperature", "top_k", "top_p"),
 )
 
@@ -56,7 +56,8 @@ class Variant(NamedTuple):
         if how == "repaint":
             how += f" r = {settings.repaint_cycles}, m = {settings.repaint_fraction:g}"
         how = "" if how == "clean" else f", {how}"
-        return f"{what}{how}, guidance {settings.guidance_scale:g}, {settings.steps} steps"
+        churn = f", churn {settings.churn:g}" if settings.churn else ""
+        return f"{what}{how}, guidance {settings.guidance_scale:g}, {settings.steps} steps{churn}"
 
 
 class Scores(NamedTuple):
@@ -138,17 +139,28 @@ def fill_gaps(run: Run, length: int, settings: sampling.Settings, seed: int, cou
     return originals, filled
 
 
-def excess_log_prob(stories: Stories, originals: Sequence[str], filled: Sequence[str]) -> tuple[float, float]:
-    """Mean of ``log p*(filled) - log p*(original)`` over coherent fills, and its standard error, in nats.
+def excess_log_prob(stories: Stories, originals: Sequence[str], written: Sequence[str], paired: bool):
+    """Mean of log p* of what a model wrote, where that is coherent, less that of held-out stories: (mean, error), nats.
 
-    The original is a draw from the corpus's exact distribution of the gap given the rest: draws from that
-    distribution have a mean of 0, fills that are too likely a positive one.
+    Draws from the corpus's distribution have a mean of 0, texts that are too likely a positive one.
+
+    Args:
+      stories: the corpus.
+      originals: held-out stories.
+      written: the model's; if ``paired``, written[i] is originals[i] with a gap filled: each is compared with its own.
+      paired: see there.
     """
-    values = np.array([stories.log_prob(b) - stories.log_prob(a) for a, b in zip(originals, filled, strict=True)])
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
+    found = np.array([stories.log_prob(text) for text in written])
+    known = np.array([stories.log_prob(text) for text in originals])
+    coherent = np.isfinite(found)
+    if coherent.sum() < 2 or len(known) < 2:
         return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    if paired:
+        values = (found - known)[coherent]
+        return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    found = found[coherent]
+    error = math.sqrt(found.var(ddof=1) / len(found) + known.var(ddof=1) / len(known))
+    return float(found.mean() - known.mean()), error
 
 
 def table(run: Run, count: int, seed: int, variants: Sequence[Variant], log: Callable[[str], None]) -> list[dict]:
@@ -166,14 +178,17 @@ def table(run: Run, count: int, seed: int, variants: Sequence[Variant], log: Cal
         start, more, added = time.monotonic(), "", {}
         if variant.gap:
             originals, texts = fill_gaps(run, variant.gap, variant.settings, seed, count)
-            mean, error = excess_log_prob(stories, originals, texts)
-            more = f", log p* over that of the originals {mean:.2f} +- {error:.2f}"
-            added = {"excess_log_prob": mean, "excess_log_prob_error": error}
         else:
             prompts = [""] * count
             if variant.prompted:
                 prompts = held_out_prompts(run, seed, count, variant.prompt_tokens)
             texts = write(run, prompts, variant.settings, seed)
+            held_out = corpora.documents(run.config.data, "holdout", run.config.data_seed)
+            originals = [held_out[index] for index in range(min(count, len(held_out)))]
+        if not variant.prompted:
+            mean, error = excess_log_prob(stories, originals, texts, paired=variant.gap > 0)
+            more = f", log p* above held-out stories' {mean:.2f} +- {error:.2f}"
+            added = {"excess_log_prob": mean, "excess_log_prob_error": error}
         scores, seconds = score(stories, texts), time.monotonic() - start
         rows.append({**variant.as_dict(), **scores.as_dict(), **added, "seed": seed, "examples": texts[:4]})
         log(

@@ -78,6 +78,8 @@ def sample_of(count, mean=MEAN, deviation=DEVIATION):
         probes=jnp.stack(rng.split(rng.key(0, "likelihood", 0, np.arange(count)), LENGTH // BLOCK), axis=1),
         segments=jnp.asarray(segments),
         tokens=segments.sum(axis=1),
+        bytes=3 * segments.sum(axis=1),
+        reconstruction=0.1 * segments.sum(axis=1),
         entropy=None,
     )
 
@@ -93,6 +95,8 @@ def test_the_bound_is_the_divergence_where_the_field_is_exact(path):
     assert sum(part.mean for _, _, part in found.parts) == pytest.approx(found.total.mean, rel=1e-6)
     assert all(part.mean > 0 for _, _, part in found.parts) and found.parts[0][:2] == (0, 0.1)
     assert found.excess.mean == pytest.approx(found.total.mean - 32 / sample.tokens.sum(), rel=1e-6)
+    assert found.reconstruction.mean == pytest.approx(0.1)
+    assert found.bits_per_byte.mean == pytest.approx((found.total.mean + 0.1) / 3 / np.log(2), rel=1e-6)
 
 
 def test_the_bound_is_zero_for_the_posterior_itself():

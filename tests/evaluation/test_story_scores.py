@@ -121,13 +121,21 @@ def test_filled_gaps_keep_what_surrounds_them(monkeypatch):
     originals = [texts[i] for i in range(3)]
     monkeypatch.setattr(evaluation.sampling, "infill", infill)
     assert evaluation.fill_gaps(run_of(), 4, Settings(), 0, 3) == (originals, originals)
-    assert evaluation.excess_log_prob(STORIES, originals, originals) == (0.0, 0.0)
+    assert evaluation.excess_log_prob(STORIES, originals, originals, paired=True) == (0.0, 0.0)
 
 
 def test_excess_leaves_out_what_is_not_coherent():
     texts = [corpora.documents(DATA, "holdout", 0)[i] for i in range(4)]
     values = [STORIES.log_prob(text) for text in texts]
-    mean, error = evaluation.excess_log_prob(STORIES, texts[:3], [texts[1], "No story.", texts[3]])
+    mean, error = evaluation.excess_log_prob(STORIES, texts[:3], [texts[1], "No story.", texts[3]], paired=True)
     expected = np.array([values[1] - values[0], values[3] - values[2]])
     assert mean == pytest.approx(expected.mean())
     assert error == pytest.approx(expected.std(ddof=1) / np.sqrt(2))
+
+
+def test_excess_of_texts_without_partners_is_a_difference_of_means():
+    texts = [corpora.documents(DATA, "holdout", 0)[i] for i in range(5)]
+    values = np.array([STORIES.log_prob(text) for text in texts])
+    mean, error = evaluation.excess_log_prob(STORIES, texts[:3], [texts[3], "No story.", texts[4]], paired=False)
+    assert mean == pytest.approx(values[3:].mean() - values[:3].mean())
+    assert error == pytest.approx(np.sqrt(values[3:].var(ddof=1) / 2 + values[:3].var(ddof=1) / 3))

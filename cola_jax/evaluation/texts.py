@@ -1,0 +1,41 @@
+"""Texts as a model's context holds them, and what rates per token and per byte divide by."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cola_jax.config import DataConfig
+from cola_jax.data import packing
+from cola_jax.data.tokenizers import Tokenizer
+
+
+class Cut(NamedTuple):
+    """Texts, cut to a context.
+
+    Attributes:
+      ids: tokens of each row as in training, with the ends of text that fill it up.
+      tokens: [B], of each text and one end of text, within the context: the T of rates per token.
+      bytes: [B], of UTF-8 of the text within the context.
+      whole: whether no text was cut.
+    """
+
+    ids: list[list[int]]
+    tokens: np.ndarray
+    bytes: np.ndarray
+    whole: bool
+
+
+def cut(texts: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> Cut:
+    """The beginning of each text, at most ``data.sequence_length`` tokens of it."""
+    context = data.sequence_length
+    rows = [packing.document_tokens(text, tokenizer, data.align).tolist() for text in texts]
+    encoded = [tokenizer.encode(text) for text in texts]
+    pairs = zip(texts, encoded, strict=True)
+    kept = [text if len(ids) <= context else tokenizer.decode(ids[:context]) for text, ids in pairs]
+    return Cut(
+        [ids[:context] for ids in rows],
+        np.array([min(len(ids) + 1, context) for ids in encoded]),
+        np.array([len(text.encode()) for text in kept]),
+        all(len(ids) <= context for ids in rows),
+    )
