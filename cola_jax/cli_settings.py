@@ -84,17 +84,25 @@ class SettingsFlags:
         Raises:
           UserError: a flag that is no field of these settings, or a value out of range.
         """
-        entries, given = fields.entries(type(settings)), self.given()
-        for name, value in given.items():
-            if name not in entries:
+        given, known = self.given(), fields.entries(type(settings))
+        for name in given:
+            if name not in known:
                 raise UserError(f"--{name}: the checkpoint's family {family!r} has no such setting")
-            fields.check_value(entries[name], value, f"--{name}")
+        self._check_values(type(settings))
         settings = dataclasses.replace(settings, **given)
         settings.validate()
         return settings
 
+    def _check_values(self, cls: type) -> None:
+        entries = fields.entries(cls)
+        for name, value in self.given().items():
+            fields.check_value(entries[name], value, f"--{name}")
+
     def check(self) -> None:
-        """Raises UserError for flags that no class of settings takes: before a checkpoint is loaded."""
+        """Raises UserError for flags that no class of settings takes: before a checkpoint is loaded.
+
+        Whether values fit each other is known only with the other settings, which are the run's.
+        """
         given = self.given()
         able = [cls for cls in self._classes if set(given) <= set(fields.entries(cls))]
         if not able:
@@ -102,7 +110,7 @@ class SettingsFlags:
         errors = []
         for cls in able:
             try:
-                self(cls())
+                self._check_values(cls)
             except UserError as error:
                 errors.append(error)
         if len(errors) == len(able):

@@ -66,7 +66,6 @@ def test_what_is_given_replaces_and_the_rest_stays():
         (["--temperature=nan"], "--temperature = nan: must be a finite number"),
         (["--interval=0,2"], "--interval = (0.0, 2.0): must be each from 0 to 1"),
         (["--interval=0,0.5,1"], "--interval = (0.0, 0.5, 1.0): must be a value of type tuple[float, float]"),
-        (["--steps=1", "--exact"], "flow steps = 1: must be at least 2 where exact"),
     ],
 )
 def test_a_value_out_of_range_is_told_before_and_after_loading(arguments, message):
@@ -74,6 +73,15 @@ def test_a_value_out_of_range_is_told_before_and_after_loading(arguments, messag
         with pytest.raises(UserError) as error:
             use()
         assert str(error.value) == message
+
+
+def test_whether_values_fit_each_other_is_told_with_those_of_the_run():
+    parsed("--steps=1").check()
+    assert parsed("--steps=1")(Flow()) == Flow(steps=1)
+    parsed("--exact", "--steps=1").check()
+    for flag, settings in (("--steps=1", Flow(exact=True)), ("--exact", Flow(steps=1))):
+        with pytest.raises(UserError, match="flow steps = 1: must be at least 2 where exact"):
+            parsed(flag)(settings)
 
 
 def test_a_setting_of_another_family_is_told():

@@ -150,6 +150,7 @@ def test_float64_goes_through_the_whole_network(tiny, latents):
         np.testing.assert_allclose(found, slope, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_has_its_density_in_the_dtype_of_the_settings(tiny, latents, solved):
     model, params = tiny_models.create(dit={"block_position": True}, dtype="bfloat16")
     found = solve((model, params), latents)

@@ -57,7 +57,7 @@ def test_pinned_positions_are_at_time_zero():
     assert_close(actual, velocity(NOISY, times, history=CLEAN, plan=PLAN), 1e-6)
 
 
-@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("unroll", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_given_sizes_that_are_all_the_same_are_equal_blocks(unroll):
     """Values and gradients, with the layers as a loop and one by one."""
     model, params = create(dit=OPTIONS | {"unroll": unroll})

@@ -174,7 +174,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
     assert_close(from_table[:1], out[:1], 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "attention"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("attention", marks=pytest.mark.slow)])
 def test_separate_layers_equal_the_loop_at_less_work(remat):
     """Compiled one by one, the last layer leaves the clean copy where it is: values and gradients are the same."""
     noisy, times = jnp.tile(NOISY, (1, 2, 1)), jnp.tile(TIMES, (1, 2))

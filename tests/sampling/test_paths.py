@@ -40,7 +40,9 @@ def test_an_edit_starts_on_the_path(name):
     assert np.abs(found - edit(noise, "linear")).max() > 0.05
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    "name", ["trigonometric", *(pytest.param(p, marks=pytest.mark.slow) for p in ("linear", "quadratic"))]
+)
 def test_the_first_estimate_is_the_data_on_the_path(name):
     """At t = 1: ``z_0 = (noise' z_1 - v) / (-signal')``, with the velocity of a block alone."""
     model, params = create()
@@ -56,6 +58,7 @@ def test_the_first_estimate_is_the_data_on_the_path(name):
     np.testing.assert_array_equal(quickly(stream).estimates[0], expected)
 
 
+@pytest.mark.slow
 def test_what_only_integrates_does_not_depend_on_the_path():
     """The velocity is the prior's own: from noise, with nothing known, all paths give the same."""
     model, params = create()
@@ -68,8 +71,14 @@ def test_what_only_integrates_does_not_depend_on_the_path():
         np.testing.assert_array_equal(end, ends[0])
 
 
-@pytest.mark.parametrize("start", [1.0, 0.6])
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        pytest.param(name, start, marks=() if (name, start) == ("trigonometric", 0.6) else pytest.mark.slow)
+        for name in PATHS
+        for start in (1.0, 0.6)
+    ],
+)
 def test_the_distribution_of_gaussian_data_is_kept(name, start):
     """Data noised to a time and carried back by the exact field of the path: mean and covariance of the data.
 
