@@ -83,6 +83,7 @@ class Scores(NamedTuple):
             "coherent": self.coherent.mean,
             "coherent_interval": self.coherent.interval,
             "factors": self.factors,
+            "sentences": self.valid.total / max(self.coherent.total, 1),
         }
 
 
