@@ -29,7 +29,6 @@ class Times(NamedTuple):
       share: of the times that come from a second logit-normal instead, so that times near the data and near the noise
         are both drawn.
       second_loc, second_scale: of that one.
-      stratified: the times of a key fill the distribution evenly: each has it, but their mean varies less.
     """
 
     distribution: str = "logit_normal"
@@ -42,7 +41,6 @@ class Times(NamedTuple):
     share: float = 0.0
     second_loc: float = -1.5
     second_scale: float = 1.0
-    stratified: bool = False
 
 
 def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
@@ -53,14 +51,6 @@ def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
       keys: [B].
       count: M.
     """
-    if times.stratified:
-        t = _quantile(times, _strata(keys, count))
-    else:
-        t = _independent(times, keys, count)
-    return discretize(t, times.grid) if times.grid else t
-
-
-def _independent(times: Times, keys: Key, count: int) -> Array:
     if times.distribution == "uniform":
         t = rng.uniform(keys, (count,))
     elif times.distribution == "logit_normal":
@@ -71,31 +61,7 @@ def _independent(times: Times, keys: Key, count: int) -> Array:
         choose, draw = (rng.fold_in(keys, number) for number in (1, 2))
         second = jax.nn.sigmoid(times.second_loc + times.second_scale * rng.normal(draw, (count,)))
         t = jnp.where(rng.uniform(choose, (count,)) < times.share, second, t)
-    return t
-
-
-def _strata(keys: Key, count: int) -> Array:
-    """[B, count] in (0, 1): for each key one number in each of ``count`` equal intervals, in random order."""
-    place, order = (rng.uniform(rng.fold_in(keys, number), (count,)) for number in (3, 4))
-    # Float32 may round the last number up to 1.
-    return jnp.clip((jnp.argsort(order, axis=1) + place) / count, 1e-7, 1 - 1e-7)
-
-
-def _quantile(times: Times, u: Array) -> Array:
-    """Times that have the distribution where u is uniform; those of a second component come from the smallest u."""
-    first = (u - times.share) / (1 - times.share) if times.share < 1 else u
-    first = jnp.clip(first, 1e-7, 1 - 1e-7)
-    if times.distribution == "uniform":
-        t = first
-    elif times.distribution == "logit_normal":
-        t = jax.nn.sigmoid(times.loc + times.scale * jax.scipy.special.ndtri(first))
-    else:
-        t = paths.time_at(times.path, times.low + (times.high - times.low) * first)
-    if times.share:
-        second = jnp.clip(u / times.share, 1e-7, 1 - 1e-7)
-        second = jax.nn.sigmoid(times.second_loc + times.second_scale * jax.scipy.special.ndtri(second))
-        t = jnp.where(u < times.share, second, t)
-    return t
+    return discretize(t, times.grid) if times.grid else t
 
 
 def discretize(t: Array, num: int, mode: str = "round") -> Array:

@@ -51,9 +51,6 @@ class Stage2Config:
     )
     time_second_loc: float = setting(-1.5, "mean of its normal; negative: near the data")
     time_second_scale: float = setting(1.0, "and its standard deviation", above=0)
-    time_stratified: bool = setting(
-        False, "the times of a sequence's blocks and copies fill the distribution evenly, so that the loss varies less"
-    )
     time_weight: str = setting(
         "as_drawn",
         "what the error at a time counts: the same at each drawn time, or by importance weights as if times were drawn "
@@ -106,14 +103,7 @@ class Stage2Config:
         log_snrs = (self.time_log_snr_min, self.time_log_snr_max)
         second = (self.time_second_share, self.time_second_loc, self.time_second_scale)
         return schedule.Times(
-            self.time_distribution,
-            self.time_loc,
-            self.time_scale,
-            *log_snrs,
-            PATHS[self.path],
-            self.time_grid,
-            *second,
-            self.time_stratified,
+            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid, *second
         )
 
     @property

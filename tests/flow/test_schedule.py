@@ -89,30 +89,12 @@ def test_densities_integrate_to_one_and_to_their_cdf(times, horizon):
         np.testing.assert_array_equal(schedule.pdf(times, jnp.array([-0.1, 1.1]) * horizon, horizon), 0.0)
 
 
-@pytest.mark.parametrize("stratified", [False, True])
 @EACH
-def test_draws_have_the_density(times, stratified):
-    times = times._replace(stratified=stratified)
+def test_draws_have_the_density(times):
     edges = np.linspace(0, 1, 21)
     counts = np.histogram(np.asarray(schedule.sample(times, KEYS, 1000)), edges)[0]
     expected = 64_000 * np.diff(schedule.cdf(times, jnp.asarray(edges, jnp.float32)))
     assert np.all(np.abs(counts - expected) < 4.5 * np.sqrt(expected) + 3)
-
-
-@EACH
-def test_stratified_times_fill_the_distribution(times):
-    """One time of each key in each quantile, in an order that is random: no place has times of its own."""
-    times, count = times._replace(stratified=True), 8
-    drawn = schedule.sample(times, KEYS, count)
-    if times.share:  # the components have strata of their own, which overlap
-        independent = schedule.sample(times._replace(stratified=False), KEYS, count)
-        assert drawn.mean(axis=1).var() < 0.5 * independent.mean(axis=1).var()
-    else:
-        quantiles = np.floor(np.asarray(schedule.cdf(times, drawn)) * count)
-        np.testing.assert_array_equal(np.sort(quantiles, axis=1), np.tile(np.arange(count), (len(KEYS), 1)))
-    places = np.asarray(drawn).mean(axis=0)
-    assert np.ptp(places) < 6 * np.asarray(drawn).std() / np.sqrt(len(KEYS))
-    np.testing.assert_allclose(schedule.sample(times, KEYS[2:3], count)[0], drawn[2], rtol=1e-6)
 
 
 def test_times_on_a_grid():
