@@ -7,6 +7,7 @@ import pytest
 from cola_jax import config as configs
 from cola_jax import families
 from cola_jax.types import UserError
+from configs import quickstart
 
 
 def nested(field: str, value) -> dict:
@@ -266,3 +267,11 @@ def test_a_group_needs_fields():
 )
 def test_a_valid_combination_passes(values):
     families.parse(values)
+
+
+def test_churn_needs_the_solver_that_has_it():
+    config = quickstart.get_config()
+    config.sample.solver = "euler"
+    with pytest.raises(UserError) as error:
+        families.parse(config)
+    assert str(error.value) == "config.sample.churn = 6.0: must be 0 with solver 'euler'; only 'exponential' has it"

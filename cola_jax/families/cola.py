@@ -26,6 +26,7 @@ from cola_jax.models.text_vae import VAEConfig
 from cola_jax.objectives import common, stage1, stage2
 from cola_jax.objectives.stage1 import Stage1Config
 from cola_jax.objectives.stage2 import Stage2Config
+from cola_jax.sampling.settings import check_churn
 from cola_jax.types import Key, Params, PyTree
 
 _RELEASED_CONTEXT = 512  # tokens that the released model was trained on
@@ -42,6 +43,9 @@ class SampleConfig(configs.SampleConfig):
     pad_prompts: bool = setting(
         False, "fill a prompt's last block with padding that the model sees, as released code does"
     )
+
+    def check_together(self, prefix: str) -> None:
+        check_churn(prefix, self.churn, self.solver)
 
 
 @dataclasses.dataclass(frozen=True)

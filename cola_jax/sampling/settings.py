@@ -15,6 +15,12 @@ PRIORS = ("flow", "normal")
 SOLVERS = (*solve.SOLVERS, "exponential")
 
 
+def check_churn(prefix: str, churn: float, solver: str) -> None:
+    """Raises UserError for churn with a solver that has none."""
+    ok = not churn or solver == "exponential"
+    require(ok, f"{prefix}churn", churn, f"0 with solver {solver!r}; only 'exponential' has it")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How to generate.
@@ -122,5 +128,4 @@ class Settings:
         ok = self.conditioning != "repaint" or self.solver in solve.STEPPERS
         need = "one of " + ", ".join(map(repr, solve.STEPPERS)) + " with conditioning 'repaint'"
         require(ok, f"{prefix}solver", self.solver, need)
-        ok = not self.churn or self.solver == "exponential"
-        require(ok, f"{prefix}churn", self.churn, f"0 with solver {self.solver!r}; only 'exponential' has it")
+        check_churn(prefix, self.churn, self.solver)
