@@ -266,7 +266,7 @@ def test_a_group_needs_fields():
     ],
 )
 def test_a_valid_combination_passes(values):
-    families.parse(values)
+    assert families.parse(values).family == "cola"
 
 
 def test_churn_needs_the_solver_that_has_it():

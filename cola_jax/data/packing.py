@@ -18,9 +18,12 @@ Row = dict[str, np.ndarray]
 
 def document_tokens(text: str, tokenizer: Tokenizer, align: int) -> np.ndarray:
     """The int32 ids of a document and its end of text, repeated up to a multiple of ``align`` tokens."""
-    ids = tokenizer.encode(text)
-    count = align - len(ids) % align  # from 1 to align
-    return np.array(ids + [tokenizer.eos_id] * count, dtype=np.int32)
+    return np.array(ended(tokenizer.encode(text), tokenizer.eos_id, align), dtype=np.int32)
+
+
+def ended(ids: list[int], eos_id: int, align: int) -> list[int]:
+    """The ids of a text with ends of text behind them, from 1 to ``align``, up to a multiple of ``align``."""
+    return ids + [eos_id] * (align - len(ids) % align)
 
 
 def _row(pieces: Iterable[np.ndarray], length: int, pad_id: int) -> Row:

@@ -184,9 +184,10 @@ def table(run: Run, count: int, seed: int, variants: Sequence[Variant], log: Cal
             if variant.prompted:
                 prompts = held_out_prompts(run, seed, count, variant.prompt_tokens)
             texts = write(run, prompts, variant.settings, seed)
-            held_out = corpora.documents(run.config.data, "holdout", run.config.data_seed)
-            originals = [held_out[index] for index in range(min(count, len(held_out)))]
         if not variant.prompted:
+            if not variant.gap:
+                held_out = corpora.documents(run.config.data, "holdout", run.config.data_seed)
+                originals = [held_out[index] for index in range(min(count, len(held_out)))]
             mean, error = excess_log_prob(stories, originals, texts, paired=variant.gap > 0)
             more = f", log p* above held-out stories' {mean:.2f} +- {error:.2f}"
             added = {"excess_log_prob": mean, "excess_log_prob_error": error}

@@ -17,7 +17,7 @@ class Cut(NamedTuple):
       ids: tokens of each row as in training, with the ends of text that fill it up.
       tokens: [B], of each text and one end of text, within the context: the T of rates per token.
       bytes: [B], of UTF-8 of the text within the context.
-      whole: whether no text was cut.
+      whole: whether no row was cut.
     """
 
     ids: list[list[int]]
@@ -29,8 +29,8 @@ class Cut(NamedTuple):
 def cut(texts: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> Cut:
     """The beginning of each text, at most ``data.sequence_length`` tokens of it."""
     context = data.sequence_length
-    rows = [packing.document_tokens(text, tokenizer, data.align).tolist() for text in texts]
     encoded = [tokenizer.encode(text) for text in texts]
+    rows = [packing.ended(ids, tokenizer.eos_id, data.align) for ids in encoded]
     pairs = zip(texts, encoded, strict=True)
     kept = [text if len(ids) <= context else tokenizer.decode(ids[:context]) for text, ids in pairs]
     return Cut(

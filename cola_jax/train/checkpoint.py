@@ -7,7 +7,6 @@ the earlier steps as they were. What proves that a step is intact is in `verifie
 """
 
 import asyncio
-import functools
 import json
 import math
 from collections.abc import Callable, Collection
@@ -63,11 +62,11 @@ class Checkpoints:
     ):
         self.directory = Path(directory).absolute()
         self._report, self._keep, self._milestones = report, keep, sorted(milestones)
+        # Made by the first save: it cleans up in a thread, which must not outlive a run that fails at its start.
+        self._manager: ocp.CheckpointManager | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Made by the first save: it cleans up in a thread, which must not outlive a run that fails at its start."""
+    def _make_manager(self) -> ocp.CheckpointManager:
         handlers = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
         return ocp.CheckpointManager(
             self.directory,
@@ -107,6 +106,7 @@ class Checkpoints:
         body = json.loads(json.dumps(body))  # what will be read back: tuples are lists
         arguments = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
         meta = ocp.args.JsonSave({"body": body, "checksum": verified.checksum(body)})
+        self._manager = self._manager or self._make_manager()
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(**arguments, meta=meta, files=verified.FilesSave()), force=True
@@ -118,7 +118,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises UserError if it could not be written."""
-        if not self._has_saved:
+        if self._manager is None:
             return
         try:
             self._manager.wait_until_finished()
@@ -128,12 +128,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and frees the background threads."""
         self.wait()
-        if self._has_saved:
+        if self._manager is not None:
             self._manager.close()
-
-    @property
-    def _has_saved(self) -> bool:
-        return "_manager" in self.__dict__
 
     def restore(self, target: TrainState) -> tuple[int, TrainState, dict] | None:
         """The newest step that passes verification; None if nothing was ever saved.
@@ -184,7 +180,7 @@ class Checkpoints:
                 (self.directory / str(step)).rename(place)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("rejected checkpoints")
-        if self._has_saved:
+        if self._manager is not None:
             self._manager.reload()
 
 

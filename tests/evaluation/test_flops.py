@@ -49,7 +49,6 @@ def test_a_step_of_the_benchmark_costs_what_its_share_of_matmul_is_computed_from
     settings = benchmark_config.get_config()
     if self_conditioning:  # a forward pass before each
         settings.dit.update(prediction="mean", prediction_variance=0.1, self_conditioning=True)
-        settings.stage2.self_conditioning = 0.5
     config = families.parse(settings)
     assert per_token(config) == pytest.approx(families.cola.flops_per_token(config, 2), rel=0.1)
 

@@ -181,6 +181,11 @@ def test_a_network_on_any_corpus(tmp_path):
     assert max(lengths) > 16 and sample.entropy is None
     np.testing.assert_array_equal(sample.tokens, np.minimum(lengths, 16))
     np.testing.assert_array_equal(sample.segments.sum(axis=1), sample.tokens)
+    np.testing.assert_array_equal(sample.bytes, np.minimum(np.array(lengths) - 1, 16))  # a token is a byte
+    ids = np.array([([*documents[i].encode()] + [run.tokenizer.eos_id] * 16)[:16] for i in range(6)])
+    logits = tiny_models.apply(run.model, run.params, sample.z, sample.segments, method="decode")
+    nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sample.reconstruction, (nats * (np.asarray(sample.segments) > 0)).sum(axis=1), rtol=1e-5)
     found = tiny_models.quickly(density.log_prob, run.model, run.params, sample.z, TINY, sample.probes, sample.segments)
     log_q = jax.scipy.stats.norm.logpdf(sample.z, sample.mean, sample.deviation).sum(axis=-1)
     excess = (log_q * (sample.segments > 0)).sum() - found.log_prob.sum()

@@ -103,6 +103,8 @@ def test_evaluations(trained):
     rate = found["likelihood"]
     assert rate["nats_per_token"] == pytest.approx(total / tokens, rel=1e-5)
     assert rate["bound"] == "exact" and rate["documents"] == 12
+    size = sum(len(run.tokenizer.decode(run.tokenizer.encode(text)[:LENGTH]).encode()) for text in texts)
+    assert rate["bits_per_byte"] == pytest.approx(total / size / np.log(2), rel=1e-5)
 
     assert [row["prompted"] for row in found["generation"]] == [False, True]
     assert all(row["stories"] == 12 and row["temperature"] == 1.0 for row in found["generation"])

@@ -98,7 +98,7 @@ def churned(path, z, mean, times, variance, churn, seed=0):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("churn", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("times", [(0.9, 0.2), (0.9, 0.6, 0.5, 0.2)])
+@pytest.mark.parametrize("times", [(0.5, 0.3), (0.5, 0.42, 0.4, 0.3)])
 def test_churn_forgets_as_fast_whatever_the_steps(path, churn, times):
     """With a mean that stays, the standard score is an Ornstein-Uhlenbeck process in the log-SNR."""
     path, mean, count = PATHS[path], jnp.float32(0.7), 100_000
@@ -109,6 +109,7 @@ def test_churn_forgets_as_fast_whatever_the_steps(path, churn, times):
     end = (z - signals[1] * mean) / spreads[1] ** 0.5
     rate = (signals[0] ** 2 / spreads[0]) / (signals[1] ** 2 / spreads[1])
     expected = [0.0, 1.0, rate ** (churn / 2)]
+    assert expected[2] > 0.1
     np.testing.assert_allclose([end.mean(), end.var(), (end * score).mean()], expected, atol=0.02)
 
 

@@ -55,6 +55,17 @@ def test_round_trip_and_keep(toy, tmp_path):
     manager.close()
 
 
+def test_nothing_runs_before_the_first_save(toy, tmp_path, monkeypatch):
+    """Orbax cleans up in a thread, which printed a traceback behind the one line of a run that failed at its start."""
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManager", None)
+    manager = checkpoints.Checkpoints(tmp_path, keep=2)
+    assert manager.restore(toy[3]) is None
+    manager.wait()
+    manager.close()
+    with pytest.raises(TypeError):
+        save(manager, toy[0], 1)
+
+
 def test_the_state_may_be_donated_after_save(toy, tmp_path):
     state, _, _, target = toy
     manager = checkpoints.Checkpoints(tmp_path, keep=2)
