@@ -11,7 +11,7 @@ import numpy as np
 from cola_jax import rng, sampling
 from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation.statistics import Proportion
+from cola_jax.evaluation.statistics import Mean, Proportion
 from cola_jax.runs import Run
 
 # Settings of a generation that a report names, where the family has them.
@@ -140,10 +140,11 @@ def fill_gaps(run: Run, length: int, settings: sampling.Settings, seed: int, cou
     return originals, filled
 
 
-def excess_log_prob(stories: Stories, originals: Sequence[str], written: Sequence[str], paired: bool):
-    """Mean of log p* of what a model wrote, where that is coherent, less that of held-out stories: (mean, error), nats.
+def excess_log_prob(stories: Stories, originals: Sequence[str], written: Sequence[str], paired: bool) -> Mean | None:
+    """Mean of log p* of what a model wrote, where that is coherent, less that of held-out stories, in nats.
 
-    Draws from the corpus's distribution have a mean of 0, texts that are too likely a positive one.
+    Draws from the corpus's distribution have a mean of 0, texts that are too likely a positive one. None where fewer than
+    two texts are coherent.
 
     Args:
       stories: the corpus.
@@ -155,13 +156,13 @@ def excess_log_prob(stories: Stories, originals: Sequence[str], written: Sequenc
     known = np.array([stories.log_prob(text) for text in originals])
     coherent = np.isfinite(found)
     if coherent.sum() < 2 or len(known) < 2:
-        return math.nan, math.nan
+        return None
     if paired:
         values = (found - known)[coherent]
-        return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+        return Mean(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
     found = found[coherent]
     error = math.sqrt(found.var(ddof=1) / len(found) + known.var(ddof=1) / len(known))
-    return float(found.mean() - known.mean()), error
+    return Mean(float(found.mean() - known.mean()), error)
 
 
 def table(run: Run, count: int, seed: int, variants: Sequence[Variant], log: Callable[[str], None]) -> list[dict]:
@@ -188,9 +189,10 @@ def table(run: Run, count: int, seed: int, variants: Sequence[Variant], log: Cal
             if not variant.gap:
                 held_out = corpora.documents(run.config.data, "holdout", run.config.data_seed)
                 originals = [held_out[index] for index in range(min(count, len(held_out)))]
-            mean, error = excess_log_prob(stories, originals, texts, paired=variant.gap > 0)
-            more = f", log p* above held-out stories' {mean:.2f} +- {error:.2f}"
-            added = {"excess_log_prob": mean, "excess_log_prob_error": error}
+            excess = excess_log_prob(stories, originals, texts, paired=variant.gap > 0)
+            if excess is not None:
+                more = f", log p* above held-out stories' {excess.mean:.2f} +- {excess.error:.2f}"
+                added = {"excess_log_prob": excess.mean, "excess_log_prob_error": excess.error}
         scores, seconds = score(stories, texts), time.monotonic() - start
         rows.append({**variant.as_dict(), **scores.as_dict(), **added, "seed": seed, "examples": texts[:4]})
         log(

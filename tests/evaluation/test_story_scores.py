@@ -139,3 +139,9 @@ def test_excess_of_texts_without_partners_is_a_difference_of_means():
     mean, error = evaluation.excess_log_prob(STORIES, texts[:3], [texts[3], "No story.", texts[4]], paired=False)
     assert mean == pytest.approx(values[3:].mean() - values[:3].mean())
     assert error == pytest.approx(np.sqrt(values[3:].var(ddof=1) / 2 + values[:3].var(ddof=1) / 3))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_one_coherent_text_has_no_excess(paired):
+    texts = [corpora.documents(DATA, "holdout", 0)[i] for i in range(3)]
+    assert evaluation.excess_log_prob(STORIES, texts, [texts[0], "No story.", "None."], paired) is None
