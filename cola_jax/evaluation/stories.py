@@ -143,8 +143,8 @@ def fill_gaps(run: Run, length: int, settings: sampling.Settings, seed: int, cou
 def excess_log_prob(stories: Stories, originals: Sequence[str], written: Sequence[str], paired: bool) -> Mean | None:
     """Mean of log p* of what a model wrote, where that is coherent, less that of held-out stories, in nats.
 
-    Draws from the corpus's distribution have a mean of 0, texts that are too likely a positive one. None where fewer than
-    two texts are coherent.
+    Draws from the corpus's distribution have a mean of 0, texts that are too likely a positive one. None where fewer
+    than two texts are coherent.
 
     Args:
       stories: the corpus.
