@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax.flow import solve
+from cola_jax.flow.path import Curve
 from cola_jax.types import Key
 
 # Tangents that the exact divergence pushes through one block at a time.
@@ -64,8 +65,12 @@ def transport(
     stop: float = 1.0,
     free: Bool[Array, " K"] | None = None,
     probes: Float[Array, "M K D"] | None = None,
+    scale: Curve = jnp.ones_like,
 ) -> Flow:
     """Solves the augmented ODE for one block; `jax.vmap` over it keeps the step sizes of each.
+
+    The solver's state is ``z / scale(t)``. Where the scale is the deviation of z_t around its mean, that state stands
+    still as long as the predicted mean does, so that a few steps are enough (`prediction.spread`).
 
     Args:
       velocity: ``(z [K, D], t []) -> [K, D]``.
@@ -74,14 +79,25 @@ def transport(
       start, stop: flow times; 0 to 1 carries data to noise, 1 to 0 noise to data.
       free: positions that move; the others keep their value and have no density. None: all.
       probes: for Hutchinson's divergence; None: the exact one.
+      scale: of the free positions at a time, above 0.
     """
     moves = jnp.ones((z.shape[0], 1), bool) if free is None else free[:, None]
     if probes is not None:
         probes = jnp.where(moves[None], probes, 0.0)
 
+    def scaled(t, x):
+        return jnp.where(moves, scale(t) * x, x)
+
     def field(t, state, _):
-        value, push = jax.linearize(lambda x: jnp.where(moves, velocity(x, t), 0.0), state[0])
+        unit, slope = jax.jvp(scale, (t,), (jnp.ones_like(t),))
+
+        def standard(x):
+            return jnp.where(moves, (velocity(scaled(t, x), t) - slope * x) / unit, 0.0)
+
+        value, push = jax.linearize(standard, state[0])
         return value, divergence(push, probes, z.shape, z.dtype)
+
+    first, last = jnp.asarray(start, z.dtype), jnp.asarray(stop, z.dtype)
 
     if method.steps:
         grid = solve.Grid(method.shift, method.power, start, stop)
@@ -91,16 +107,17 @@ def transport(
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solve.SOLVERS[method.solver](),
-        t0=jnp.asarray(start, z.dtype),
-        t1=jnp.asarray(stop, z.dtype),
+        t0=first,
+        t1=last,
         dt0=None,
-        y0=(z, jnp.zeros((), z.dtype)),
+        y0=(jnp.where(moves, z / scale(first), z), jnp.zeros((), z.dtype)),
         stepsize_controller=controller,
         adjoint=diffrax.ForwardMode(),  # nothing is differentiated through the solve
         max_steps=method.max_steps,
         throw=False,
     )
-    end, change = solution.ys[0][-1], solution.ys[1][-1]
+    volume = moves.sum() * z.shape[1] * (jnp.log(scale(last)) - jnp.log(scale(first)))
+    end, change = scaled(last, solution.ys[0][-1]), solution.ys[1][-1] + volume
     ok = (solution.result == diffrax.RESULTS.successful) & jnp.isfinite(change) & jnp.all(jnp.isfinite(end))
     return Flow(end, change, ok, solution.stats["num_steps"])
 

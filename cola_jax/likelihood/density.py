@@ -116,12 +116,13 @@ def log_prob(
     latents = latents.astype(dtype)
     states = latents if states is None else states.astype(dtype)
     cache = model.apply(params, latents, segments, method="history")
+    scale = model.dit_config.deviation
 
     def block_log_prob(cache, index, z, real, pinned, key):
         free = real & ~pinned
         probes = None if key is None else draw_probes(key, settings, (size, channels))
         velocity = block_velocity(model, params, cache, index, real, pinned)
-        flow = flow_density.transport(velocity, z, settings.method, start, free=free, probes=probes)
+        flow = flow_density.transport(velocity, z, settings.method, start, free=free, probes=probes, scale=scale)
         return flow_density.log_prob(flow, free), flow
 
     per_block = jax.vmap(block_log_prob, in_axes=(None, 0, 0, 0, 0, None if keys is None else 0))

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from cola_jax.fields import check, require, setting
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS
@@ -30,17 +33,18 @@ class DiTConfig:
     no_history_vector: bool = setting(False, "marks blocks whose history was dropped [ours]")
     prediction: str = setting(
         "velocity",
-        "what the network's output is; mean: of the latents' means, from which the velocity follows "
-        "(`flow.prediction`) [ours]",
+        "what the network's output is; mean: of the latents' means, from which the velocity follows; mixture: the mean "
+        "as an expectation over codes, one for each token (`flow.prediction`) [ours]",
         choices=prediction.PREDICTIONS,
     )
     prediction_variance: float | None = setting(
-        None, "'mean': variance of normalised latents around their means; None: that of vae.logsnr", above=0
+        None, "not 'velocity': variance of normalised latents around their means; None: that of vae.logsnr", above=0
     )
+    num_codes: int = setting(0, "'mixture': codes; 0: the vocabulary's size", at_least=0)
     self_conditioning: bool = setting(
-        False, "the network reads an estimate of the means, its own of a pass or step before; needs 'mean' [ours]"
+        False, "the network reads an estimate of the means, its own of a pass or step before; not 'velocity' [ours]"
     )
-    path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
+    path: str = setting("linear", "not 'velocity': the path of the flow; stage2.path", choices=tuple(PATHS))
     time_frequency: float = setting(
         1000.0, "highest angular frequency of the time features, radians over [0, 1]", above=0
     )
@@ -55,11 +59,17 @@ class DiTConfig:
     def validate(self) -> None:
         check(self, "config.dit.")
 
+    def deviation(self, t: Array) -> Array:
+        """Of z_t around its mean, at a flow time; 1 where the network predicts velocities."""
+        if self.prediction == "velocity":
+            return jnp.ones_like(t)
+        return jnp.sqrt(prediction.spread(PATHS[self.path], t, self.prediction_variance))
+
     def check_together(self, prefix: str) -> None:
         need = f"at most head_dim = {self.head_dim}"
         require(self.rope_dim <= self.head_dim, f"{prefix}rope_dim", self.rope_dim, need)
-        ok = not self.self_conditioning or self.prediction == "mean"
-        require(ok, f"{prefix}self_conditioning", True, "False where prediction is not 'mean'")
+        ok = not self.self_conditioning or self.prediction != "velocity"
+        require(ok, f"{prefix}self_conditioning", True, "False where prediction is 'velocity'")
 
 
 def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:
@@ -71,5 +81,8 @@ def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> f
     width = config.num_heads * config.head_dim
     layer = 2 * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2) + 2 * latents * width
     passes = copies * (config.num_layers * layer + 2 * 2 * config.latent_dim * config.dim)
+    if config.prediction == "mixture":  # what is read; of the noisy copies also logits, their evidence, the expectation
+        passes += copies * 2 * config.num_codes * (config.latent_dim + config.dim)
+        passes += (copies - 1) * 2 * config.num_codes * (config.dim + 2 * config.latent_dim)
     modulation = times / latents * config.num_layers * 2 * 6 * config.dim * config.time_dim
     return passes + modulation

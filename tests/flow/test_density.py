@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cola_jax.flow import density
+from cola_jax.flow import density, prediction
 from cola_jax.flow.path import PATHS
 from cola_jax.flow.solve import Method
 from tests.flow import gaussian
@@ -72,6 +72,40 @@ def test_noise_is_carried_to_the_data(path):
         gain = (ends[1:] - ends[0]).T
         np.testing.assert_allclose(ends[0], MEAN, atol=1e-6)
         np.testing.assert_allclose(gain @ gain.T, COVARIANCE, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_density_does_not_depend_on_the_coordinates_of_the_solver(path):
+    """Another scale of the state, and a position that stays."""
+    with jax.enable_x64(True):
+        field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
+        free = jnp.array([True, False, True])
+        scales = (jnp.ones_like, lambda t: jnp.sqrt(0.3 * (1 - t) ** 2 + t**2))
+        plain, scaled = (
+            jit(lambda z, s=s: density.transport(field, z, FINE, free=free, scale=s))(jnp.asarray(Z[0])) for s in scales
+        )
+        np.testing.assert_allclose(scaled.end, plain.end, atol=1e-7)
+        np.testing.assert_allclose(scaled.change, plain.change, atol=1e-7)
+        np.testing.assert_array_equal(scaled.end[1], Z[0, 1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_with_a_known_mean_one_step_in_standard_coordinates_is_exact(path):
+    """The whole change of the density is that of the scale."""
+    path, variance = PATHS[path], 0.14
+
+    def field(z, t):
+        skip, gate = prediction.mean_coefficients(path, t, variance)
+        return skip * z + gate * jnp.asarray(MEAN.reshape(3, 2), jnp.float32)
+
+    def deviation(t):
+        return jnp.sqrt(prediction.spread(path, t, variance))
+
+    z = jnp.asarray(Z[0], jnp.float32)
+    flow = density.transport(field, z, Method("euler", 1), scale=deviation)
+    assert float(flow.change) == pytest.approx(-6 * 0.5 * np.log(variance), abs=1e-5)
+    rough = density.transport(field, z, Method("euler", 1))
+    assert abs(float(rough.change) - float(flow.change)) > 1
 
 
 def test_forward_then_backward_returns_the_latent():
