@@ -122,7 +122,11 @@ def likelihood(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
 
 
 def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
-    """Generative perplexity: ``exp(-log p / tokens)`` of generated texts under another run, the scorer."""
+    """Generative perplexity: ``exp(-log p / tokens)`` of generated texts under another run, the scorer.
+
+    A text that repeats itself has a low one, too. Therefore the entropy of the scorer's tokens within a text (nats,
+    mean over texts) is reported as well, and that of held-out texts of the scorer.
+    """
     path, count = evaluation.scorer, evaluation.count
     if not path:
         raise UserError("config.evaluation.scorer = '': must name the run that scores generated texts")
@@ -130,8 +134,17 @@ def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
     written = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
     log_prob, cut, _ = _log_probs(scorer, written, seed)
     rate, error = per_token(-log_prob, cut.tokens)
-    log(f"generative perplexity under {path}: {math.exp(rate):.3f} ({rate:.4f} +- {error:.4f} nats a token)")
-    return {"perplexity": {"value": math.exp(rate), "nats_per_token": rate, "error": error, "scorer": path}}
+    documents = corpora.documents(scorer.config.data, "holdout", scorer.config.data_seed)
+    real = texts.cut([documents[i] for i in range(min(count, len(documents)))], scorer.tokenizer, scorer.config.data)
+    entropy, entropy_error = texts.unigram_entropy(cut)
+    known = texts.unigram_entropy(real).mean
+    log(
+        f"generative perplexity under {path}: {math.exp(rate):.3f} ({rate:.4f} +- {error:.4f} nats a token); "
+        f"entropy of a text's tokens {entropy:.3f} +- {entropy_error:.3f} nats, of held-out texts {known:.3f}"
+    )
+    found = {"value": math.exp(rate), "nats_per_token": rate, "error": error, "scorer": path}
+    found |= {"entropy": entropy, "entropy_error": entropy_error, "held_out_entropy": known}
+    return {"perplexity": found}
 
 
 EVALUATORS: Mapping[str, Evaluator] = {

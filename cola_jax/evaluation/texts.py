@@ -8,6 +8,7 @@ import numpy as np
 from cola_jax.config import DataConfig
 from cola_jax.data import packing
 from cola_jax.data.tokenizers import Tokenizer
+from cola_jax.evaluation.statistics import Mean
 
 
 class Cut(NamedTuple):
@@ -39,3 +40,13 @@ def cut(texts: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> Cut:
         np.array([len(text.encode()) for text in kept]),
         all(len(ids) <= context for ids in rows),
     )
+
+
+def unigram_entropy(texts: Cut) -> Mean:
+    """Entropy of the tokens within a text, nats: its mean over texts, and the standard error."""
+    found = []
+    for ids, count in zip(texts.ids, texts.tokens, strict=True):
+        shares = np.unique(ids[:count], return_counts=True)[1] / count
+        found.append(-np.sum(shares * np.log(shares)))
+    error = np.std(found, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else np.nan
+    return Mean(float(np.mean(found)), float(error))

@@ -12,7 +12,7 @@ from cola_jax.config import DataConfig, StoriesConfig
 from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
 from cola_jax.evaluation import likelihood as measures
-from cola_jax.evaluation import prior
+from cola_jax.evaluation import prior, texts
 from cola_jax.evaluation.statistics import Mean, per_token
 from cola_jax.families.cola import FAMILY, ColaConfig
 from cola_jax.likelihood import Settings, estimators
@@ -34,6 +34,13 @@ def test_per_token_is_a_ratio_of_sums_with_its_error():
     # Documents of one length: the standard error of the mean of rates.
     rates = np.array([1.0, 2.0, 6.0])
     assert per_token(4 * rates, np.full(3, 4)).error == pytest.approx(rates.std(ddof=1) / np.sqrt(3))
+
+
+def test_the_entropy_of_a_text_s_tokens():
+    """Two of two kinds, and three of one; what fills the row does not count."""
+    ids = np.array([[5, 5, 2, 2, 9, 9], [4, 4, 4, 0, 0, 0]])
+    found = texts.unigram_entropy(texts.Cut(ids, np.array([4, 3]), None, False))
+    assert found.mean == pytest.approx(np.log(2) / 2) and found.error == pytest.approx(np.log(2) / 2)
 
 
 class Words:
