@@ -6,8 +6,9 @@ All that the trainer and the binaries know of "vae" and "dit" is here.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,11 +78,14 @@ class ColaConfig(Config):
         ok = not self.stage2.history_dropout or dit.no_history_vector
         need = "True where stage2.history_dropout > 0 (a dropped history must be distinguished from a first block)"
         require(ok, f"{prefix}dit.no_history_vector", False, need)
-        if dit.prediction == "mean":
+        if dit.prediction != "velocity":
             require(dit.path == self.stage2.path, f"{prefix}dit.path", dit.path, f"stage2.path = {self.stage2.path!r}")
             known = dit.prediction_variance is not None or vae.logsnr is not None
-            need = "a number where dit.prediction = 'mean' and vae.logsnr is not fixed"
+            need = f"a number where dit.prediction = {dit.prediction!r} and vae.logsnr is not fixed"
             require(known, f"{prefix}dit.prediction_variance", None, need)
+        coded = dit.prediction == "mixture" and vae.patch_size == 1 and dit.num_codes in (0, vae.vocab_size)
+        need = "0 unless dit.prediction = 'mixture' has a code for each token (vae.patch_size = 1, dit.num_codes = 0)"
+        require(coded or not self.stage2.code_weight, f"{prefix}stage2.code_weight", self.stage2.code_weight, need)
         self._check_strategy(prefix)
 
     def _check_strategy(self, prefix: str) -> None:
@@ -105,8 +109,10 @@ def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:
     vae, dit = config.vae, config.dit
     if not vae.vocab_size:
         vae = dataclasses.replace(vae, vocab_size=vocab_size)
-    if dit.prediction == "mean" and dit.prediction_variance is None:
+    if dit.prediction != "velocity" and dit.prediction_variance is None:
         dit = dataclasses.replace(dit, prediction_variance=vae.scale**2 * math.exp(-vae.logsnr))
+    if dit.prediction == "mixture" and not dit.num_codes:
+        dit = dataclasses.replace(dit, num_codes=vae.vocab_size)
     return dataclasses.replace(config, vae=vae, dit=dit)
 
 
@@ -156,10 +162,24 @@ def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage
     def second(params, batch, keys, frozen):
         return stage2.terms(model, config.stage2, params, batch, keys, frozen.get("reference"))
 
-    return stages_with_terms(config, first, second)
+    return stages_with_terms(config, first, second, model)
 
 
-def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tuple[Stage, Stage]:
+def _codes_of_tokens(model: ColaDLM, params: Params, given: Collection[str]) -> Params:
+    """Stage 2 begins with the encoder's means of single tokens as the codes of a mixture, where it has one for each."""
+    vae, dit = model.vae_config, model.dit_config
+    of_tokens = dit.prediction == "mixture" and dit.num_codes == vae.vocab_size and vae.patch_size == 1
+    if not of_tokens or "dit" in given:
+        return params
+    tokens = jnp.arange(vae.vocab_size)[:, None]
+    means = model.normalize(model.apply(nn.meta.unbox(params), tokens, method="encode").mean)[:, 0]
+    codes = params["params"]["dit"]["codes"].replace_boxed(means)
+    return {"params": {**params["params"], "dit": {**params["params"]["dit"], "codes": codes}}}
+
+
+def stages_with_terms(
+    config: ColaConfig, first: TermsFn, second: TermsFn, model: ColaDLM | None = None
+) -> tuple[Stage, Stage]:
     """`make_stages` around any terms (tests put a toy in the place of the model)."""
     reference = "vae" in strategies.trained_groups(config.stage2) and config.stage2.reference_weight > 0
     return (
@@ -184,6 +204,7 @@ def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tu
             frozen={"reference": ("vae", "encoder")} if reference else {},
             terms=second,
             flops_per_token=flops_per_token(config, 2),
+            begin=None if model is None else functools.partial(_codes_of_tokens, model),
         ),
     )
 

@@ -5,7 +5,7 @@ The trainer walks `Family.stages` and optimizes the sum of each stage's terms; t
 `families.FAMILIES`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,8 @@ class Stage(NamedTuple):
         ``terms`` under this name.
       terms: of the loss.
       flops_per_token: model FLOPs of a training step per token of the batch.
+      begin: (boxed variables, groups that were given to the stage) -> the variables that it begins with; None: as they
+        are.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage(NamedTuple):
     frozen: Mapping[str, tuple[str, ...]]
     terms: TermsFn
     flops_per_token: float
+    begin: Callable[[Params, Collection[str]], Params] | None = None
 
 
 class Scores(NamedTuple):

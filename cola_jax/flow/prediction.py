@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from cola_jax.flow.path import Path
 
-PREDICTIONS = ("velocity", "mean")
+PREDICTIONS = ("velocity", "mean", "mixture")
 
 
 def spread(path: Path, t: Array, variance: float | Array) -> Array:
@@ -39,6 +39,25 @@ def mean_coefficients(path: Path, t: Array, variance: float | Array) -> tuple[Ar
     signal, signal_slope = jax.jvp(path.signal, (t,), (jnp.ones_like(t),))
     skip = 0.5 * slope / s
     return skip, signal_slope - skip * signal
+
+
+def code_scores(logits: Array, codes: Array, z_t: Array, precision: Array, signal: Array) -> Array:
+    """``log P(code | z_t)`` up to a constant, where the mean m of a latent is one of finitely many codes.
+
+    By Bayes' rule ``P(code | z_t) ~ P(code) N(z_t; signal code, s)``: ``logits`` are the log of the first factor, and
+    the second one, which the network need not learn, is added to them. ``E[m | z_t]`` is the expectation of the codes
+    under the softmax of these scores. The softmax over embeddings is that of CDCD (Dieleman et al. 2022) and Plaid
+    (Gulrajani and Hashimoto 2023), the second factor is Plaid's "output prior".
+
+    Args:
+      logits: [B, Q, C].
+      codes: [C, D].
+      z_t: noisy latents, [B, Q, D].
+      precision: ``signal / s`` with the `spread` s, broadcast against z_t.
+      signal: of the path.
+    """
+    power = 0.5 * jnp.square(codes).sum(axis=-1)[None, None]
+    return logits + precision * (z_t @ codes.T - signal * power)
 
 
 def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: Array) -> Array:

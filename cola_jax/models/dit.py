@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS
 from cola_jax.models.dit_config import DiTConfig
-from cola_jax.models.dit_layer import DiTContext, DiTLayer
+from cola_jax.models.dit_layer import DiTContext, DiTLayer, clean_positions
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers
 from cola_jax.nn.modulation import Modulation, ModulationTables, spread, table_rows
@@ -63,6 +63,12 @@ class BlockCausalDiT(nn.Module):
         self.out_norm = LayerNorm(config.norm_eps)
         self.out_modulation = Modulation((2, config.dim), dtype)
         self.out_layer = Linear((config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
+        if config.prediction == "mixture":
+            self.code_logits = Linear((config.num_codes,), ("embed", "vocab"), zero=True, dtype=dtype)
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "latent"))
+            self.codes = self.param("codes", init, (config.num_codes, config.latent_dim))
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+            self.code_embedding = self.param("code_embedding", init, (config.num_codes, config.dim))
         small = nn.initializers.normal(0.02)
         if config.block_position:
             init = nn.with_logical_partitioning(small, (None, "embed"))
@@ -81,18 +87,35 @@ class BlockCausalDiT(nn.Module):
         return nn.silu(self.time_out(nn.silu(self.time_hidden(nn.silu(h)))))
 
     def _coefficients(self, times: Float[Array, "B M"]):
-        """Skip and gate [B, M, 2, 1] of the velocity; None where the output is the velocity."""
-        config = self.config
+        """What makes a velocity of the output, [B, M, parts, 1]: skip and gate, of a mixture also precision and signal.
+
+        None where the output is the velocity.
+        """
+        config, path = self.config, PATHS[self.config.path]
         if config.prediction == "velocity":
             return None
-        both = prediction.mean_coefficients(PATHS[config.path], times, config.prediction_variance)
-        return jnp.stack(both, axis=-1)[..., None]
+        parts = prediction.mean_coefficients(path, times, config.prediction_variance)
+        if config.prediction == "mixture":
+            signal = path.signal(times)
+            parts = (*parts, signal / prediction.spread(path, times, config.prediction_variance), signal)
+        return jnp.stack(parts, axis=-1)[..., None]
+
+    def _coefficients_of(self, context: DiTContext, tables: ModulationTables | None, length: int, clean: int = 0):
+        """`_coefficients` of each of the last ``length`` positions of a row, and of ``clean`` ones before them."""
+        values = context.coefficients if tables is None else table_rows(tables.coefficients, context.index)
+        pinned = None if context.pinned is None else context.pinned[:, -(clean + length) :]
+        return spread(values, pinned, length, clean, context.stretches)
 
     def _plan(self, plan: BlockPlan | None) -> BlockPlan:
         return plan or BlockPlan.equal(self.config.block_size)
 
-    def _input(self, latents, positions, plan: BlockPlan, drop_history=None, estimate=None):
+    def _input(self, latents, positions, plan: BlockPlan, context, drop_history=None, estimate=None, tables=None):
         x = self.in_layer(latents)
+        if self.config.prediction == "mixture":
+            clean = clean_positions(x, context)
+            _, _, *evidence = self._coefficients_of(context, tables, x.shape[1] - clean, clean)
+            scores = prediction.code_scores(0.0, self.codes.astype(latents.dtype), latents, *evidence)
+            x = x + jax.nn.softmax(scores, axis=-1).astype(x.dtype) @ self.code_embedding.astype(x.dtype)
         if estimate is not None:
             x = x + self.estimate_in(estimate)
         if self.config.block_position:
@@ -143,12 +166,20 @@ class BlockCausalDiT(nn.Module):
         values = self.out_modulation(context.time) if tables is None else table_rows(tables.output, context.index)
         pinned = None if context.pinned is None else context.pinned[:, -x.shape[1] :]
         shift, scale = spread(values, pinned, x.shape[1], 0, context.stretches)
-        output = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
-        output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+        h = self.out_norm(x) * (1 + scale) + shift
+        output = self.out_layer(h)
+        precise = jnp.promote_types(output.dtype, jnp.float32)
+        output = output.astype(precise)
         if self.config.prediction == "velocity":
             return output, output
-        values = context.coefficients if tables is None else table_rows(tables.coefficients, context.index)
-        skip, gate = spread(values, pinned, x.shape[1], 0, context.stretches)
+        skip, gate, *evidence = self._coefficients_of(context, tables, x.shape[1])
+        if self.config.prediction == "mixture":
+            logits = self.code_logits(h).astype(precise)
+            codes = self.codes.astype(precise)
+            scores = prediction.code_scores(logits, codes, latents, *evidence)
+            if not self.is_initializing():
+                self.sow("scores", "codes", scores)
+            output = output + jax.nn.softmax(scores, axis=-1) @ codes
         return skip * latents + gate * output, output
 
     def _angles(self, positions):
@@ -194,7 +225,7 @@ class BlockCausalDiT(nn.Module):
         layout = attention.RowLayout(length, plan, segment_ids, self.config.attention_kernel)
         stretches = plan.stretches(length, times.shape[1])
         context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
-        x, kv = self._apply_layers(self._input(latents, positions, plan, None, estimate), None, context)
+        x, kv = self._apply_layers(self._input(latents, positions, plan, context, None, estimate), None, context)
         velocity, output = self._output(x, latents, context)
         return velocity, kv, output
 
@@ -257,7 +288,7 @@ class BlockCausalDiT(nn.Module):
         context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
         if estimate is not None:
             estimate = jnp.pad(estimate, ((0, 0), (length, 0), (0, 0)))
-        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, dropped, estimate)
+        x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, context, dropped, estimate)
         *first, last = self._separate() or (None,)
         if last is None:
             x, _ = self._apply_layers(x, None, context)
@@ -326,7 +357,7 @@ class BlockCausalDiT(nn.Module):
         layers = layers if self.stacked or layers is not None else (None,) * self.config.num_layers
 
         def once(estimate):
-            x = self._input(latents, positions, self._plan(plan), dropped, estimate)
+            x = self._input(latents, positions, self._plan(plan), context, dropped, estimate, modulations)
             x, kv = self._apply_layers(x, (cache, layers), context)
             velocity, output = self._output(x, latents, context, modulations)
             return Extended(velocity, kv, output)

@@ -23,7 +23,7 @@ class DiTContext:
     """
 
     time: Array | None  # [B or 1, 1 + M, E]; None: a row of the layer's modulation table serves all
-    coefficients: Array | None  # [B or 1, 1 + M, 2, 1], skip and gate (`prediction`); None: there are none
+    coefficients: Array | None  # [B or 1, 1 + M, parts, 1] (`flow.prediction`); None: there are none
     pinned: Array | None  # [B, R] bool
     angles: Array
     layout: attention.RowLayout | None = None  # None: with a cache, and these masks
@@ -62,7 +62,7 @@ class DiTLayer(nn.Module):
             _, values = self.modulations(None, None, context.time)
         else:
             values = tuple(table_rows(v, context.index) for v in table)
-        clean = _clean(x, context)
+        clean = clean_positions(x, context)
         sizes = (x.shape[1] - clean, clean, context.stretches)
         shift, scale, *rest = (part for v in values for part in spread(v, context.pinned, *sizes))
         attended, kv = self._attention(self.norm(x) * (1 + scale) + shift, cache, context)
@@ -91,6 +91,6 @@ class DiTLayer(nn.Module):
         return y.reshape(*x.shape[:2], -1), (k, v)
 
 
-def _clean(x: Array, context: DiTContext) -> int:
+def clean_positions(x: Array, context: DiTContext) -> int:
     """How many positions of a row are the clean copy that noisy ones follow."""
     return context.layout.length if context.layout and x.shape[1] > context.layout.length else 0

@@ -28,7 +28,7 @@ class ModulationTables(NamedTuple):
     Attributes:
       layers: of each layer, [layers, M, parts, C] for each of its maps, or a tuple with an entry a layer.
       output: of the output head, [M, 2, C].
-      coefficients: what makes a velocity of the output, [M, 2, 1]; None: it is the velocity.
+      coefficients: what makes a velocity of the output, [M, parts, 1]; None: it is the velocity.
     """
 
     layers: tuple

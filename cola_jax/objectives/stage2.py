@@ -76,6 +76,9 @@ class Stage2Config:
         at_least=0,
         at_most=1,
     )
+    code_weight: float = setting(
+        0.0, "dit.prediction 'mixture': weight of the cross-entropy of the tokens under its codes [ours]", at_least=0
+    )
     noise_copies: int = setting(1, "noisy copies for each clean pass", at_least=1)
     path: str = setting("linear", "from data to noise (`flow.path`)", choices=tuple(PATHS))
     time_log_snr_min: float = setting(-10.0, "'uniform_log_snr': the log-SNRs of the path that are trained, from this")
@@ -136,7 +139,7 @@ def terms(
     z = model.normalize(common.draw(posterior, draw_keys))
     frozen = stage.strategy == "fix_vae"
     out = {
-        **flow_terms(model, stage, params, z, segments, flow_keys, frozen, posterior),
+        **flow_terms(model, stage, params, z, segments, flow_keys, frozen, posterior, batch["tokens"]),
         **common.posterior_statistics(posterior, latents),
     }
     if frozen:
@@ -198,7 +201,15 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
 
 
 def flow_terms(
-    model, stage: Stage2Config, params, z, segments, keys: Key, frozen: bool = False, posterior: Posterior | None = None
+    model,
+    stage: Stage2Config,
+    params,
+    z,
+    segments,
+    keys: Key,
+    frozen: bool = False,
+    posterior: Posterior | None = None,
+    tokens: Array | None = None,
 ) -> dict[str, Term]:
     """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
 
@@ -212,9 +223,12 @@ def flow_terms(
       keys: [B].
       frozen: whether the VAE is.
       posterior: of the latents, before normalisation; needed where ``stage.target`` is "posterior".
+      tokens: [B, N], one for each latent; needed where ``stage.code_weight`` is above 0.
 
     Returns:
-      "flow", the loss; and for the log, without a gradient, the mean error of the drawn times in each of `TIME_BINS`.
+      "flow", the loss; "codes" where it has a weight, the cross-entropy of each latent's token under
+      `flow.prediction.code_scores`, nats; and for the log, without a gradient, the mean error of the drawn times in
+      each of `TIME_BINS`.
     """
     copies, block = stage.noise_copies, model.dit_config.block_size
     draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
@@ -238,18 +252,24 @@ def flow_terms(
         segment_ids=segments,
         drop_history=draw.dropped,
     )
+    options = {}
     if model.dit_config.self_conditioning:
         reads = rng.uniform(rng.fold_in(keys, 1), (1, 1)) < stage.self_conditioning
-        estimate = jnp.where(reads, jax.lax.stop_gradient(apply(method="first_estimate")), 0.0)
-        velocity = apply(estimate=estimate, method="velocity")
+        options["estimate"] = jnp.where(reads, jax.lax.stop_gradient(apply(method="first_estimate")), 0.0)
+    if stage.code_weight:
+        velocity, recorded = apply(**options, method="velocity", mutable=["scores"])
+        (scores,) = recorded["scores"]["dit"]["codes"]
     else:
-        velocity = apply(method="velocity")
+        velocity = apply(**options, method="velocity")
     error = jnp.mean(jnp.square(velocity - target), axis=-1)
     times = times[..., 0]
     out = {
         f"flow_from_{low:g}": common.per_example(error, counted * (times >= low) * (times < high), 0.0)
         for low, high in itertools.pairwise(TIME_BINS)
     }
+    if stage.code_weight:
+        surprise = common.cross_entropy(scores, jnp.tile(tokens, (1, copies)))
+        out["codes"] = common.per_example(surprise, counted, stage.code_weight)
     if stage.time_weight != "as_drawn":
         error = error * schedule.importance(stage.weight, stage.times, times)
     return {"flow": common.per_example(error, counted, stage.flow_weight)} | out

@@ -65,6 +65,8 @@ def make_init(init: Callable[[Key], Params], stage: Stage) -> Callable[..., Trai
         params = {"params": {name: fresh[name] for name in stage.groups}}
         for name, values in initial.items():
             params["params"][name] = _rebox(fresh[name], values)
+        if stage.begin is not None:
+            params = stage.begin(params, tuple(initial))
         active, _ = optimizers.split_groups(params, tuple(stage.trained))
         guarded = settings.max_skipped > 0 or settings.spike_factor > 0
         return TrainState(

@@ -44,11 +44,17 @@ def test_a_joint_step_of_the_full_model_costs_what_the_cost_model_says():
     assert per_token(config) == pytest.approx(families.cola.flops_per_token(config, 2), rel=0.1)
 
 
-@pytest.mark.parametrize("self_conditioning", [False, True])
-def test_a_step_of_the_benchmark_costs_what_its_share_of_matmul_is_computed_from(self_conditioning):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prediction": "mean", "prediction_variance": 0.1, "self_conditioning": True},  # a forward pass before each
+        {"prediction": "mixture", "prediction_variance": 0.1, "num_codes": 4096},
+    ],
+)
+def test_a_step_of_the_benchmark_costs_what_its_share_of_matmul_is_computed_from(options):
     settings = benchmark_config.get_config()
-    if self_conditioning:  # a forward pass before each
-        settings.dit.update(prediction="mean", prediction_variance=0.1, self_conditioning=True)
+    settings.dit.update(options)
     config = families.parse(settings)
     assert per_token(config) == pytest.approx(families.cola.flops_per_token(config, 2), rel=0.1)
 

@@ -5,14 +5,18 @@ import json
 import math
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from models import tiny_models
 
 from cola_jax import families
 from cola_jax.config import EvaluationConfig, to_dict
 from cola_jax.families import autoregressive, cola
 from cola_jax.families.interface import Group, first_steps
+from cola_jax.train import state as states
 from cola_jax.types import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -116,6 +120,52 @@ def test_the_interval_alternates_from_a_joint_step():
     assert found == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
     one = cola.make_stages(None, strategy("interval", interval=1))[1].trained["vae"].active
     assert [bool(one(jnp.asarray(step))) for step in range(4)] == [True, False, True, False]
+
+
+SMALL = {
+    "vae": vars(tiny_models.vae_config(scale=0.5, shift=0.2)),
+    "dit": vars(tiny_models.dit_config(prediction="mixture", prediction_variance=0.1)),
+    "stage1": {"steps": 1},
+    "optimizer2": {"ema": 0.5},
+    "data": {"align": 2},
+}
+
+
+@pytest.mark.parametrize(("given", "patch"), [(["vae"], 1), (["vae", "dit"], 1), (["vae"], 2)])
+def test_a_mixture_begins_with_a_code_for_each_token(given, patch):
+    """The encoder's normalised means of single tokens; not where the prior is given, or a latent has two tokens."""
+    config = cola.resolve(families.parse(SMALL | {"vae": SMALL["vae"] | {"patch_size": patch}}), tiny_models.VOCAB)
+    assert config.dit.num_codes == tiny_models.VOCAB
+    model = cola.FAMILY.model(config)
+    given = {name: tiny_models.parameters(model)["params"][name] for name in given}
+    stage = cola.FAMILY.stages(model, config)[1]
+    init = cola.FAMILY.init(model, config)
+    state, plain = (
+        nn.unbox(states.make_init(init, each)(jax.random.key(1), given)) for each in (stage, stage._replace(begin=None))
+    )
+    codes, before = (x.params["params"]["dit"]["codes"] for x in (state, plain))
+    if "dit" in given or patch > 1:
+        np.testing.assert_array_equal(codes, before)
+        return
+    for token in (0, 7, tiny_models.VOCAB - 1):
+        mean = tiny_models.apply(model, state.params, jnp.array([[token]]), method="encode").mean[0, 0]
+        np.testing.assert_allclose(codes[token], (mean - 0.2) * 0.5, atol=1e-5)
+    np.testing.assert_array_equal(state.ema["dit"]["codes"], codes)
+    others = [{k: v for k, v in x.params["params"]["dit"].items() if k != "codes"} for x in (state, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *others)
+
+
+def test_tokens_of_codes_that_there_are_not():
+    for changes in ({"dit": {"prediction": "mean"}}, {"vae": {"patch_size": 2}}, {"dit": {"num_codes": 30}}):
+        values = {name: SMALL[name] | changes.get(name, {}) for name in SMALL} | {
+            "stage2": {"code_weight": 0.5},
+            "data": {"align": 2},
+        }
+        assert refused(values) == (
+            "config.stage2.code_weight = 0.5: must be 0 unless dit.prediction = 'mixture' has a code for each token "
+            "(vae.patch_size = 1, dit.num_codes = 0)"
+        )
+    assert families.parse(SMALL | {"stage2": {"code_weight": 0.5}}).stage2.code_weight == 0.5
 
 
 def test_the_autoregressive_family_has_one_stage():

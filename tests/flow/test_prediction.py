@@ -33,6 +33,24 @@ def test_the_velocity_of_a_known_mean(path):
         np.testing.assert_allclose(found, conditional_velocity(path, t, z, mean, VARIANCE), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_mean_of_a_mixture_is_that_of_bayes(path):
+    """Codes of unequal probability and norm, by the densities of Gaussians written out."""
+    codes, logits = normal(5, 3, seed=1), normal(1, 1, 5, seed=2)
+    z = np.asarray(normal(1, 4, 3, seed=3), np.float64)
+    for t in TIMES:
+        signal, _, noise, _ = CURVES[path](t)
+        spread = signal**2 * VARIANCE + noise**2
+        distance = np.square(z[:, :, None] - signal * np.asarray(codes, np.float64)).sum(-1)
+        weights = np.exp(np.asarray(logits, np.float64) - distance / (2 * spread))
+        expected = weights / weights.sum(-1, keepdims=True)
+        scores = prediction.code_scores(
+            logits, codes, jnp.asarray(z, jnp.float32), jnp.float32(signal / spread), jnp.float32(signal)
+        )
+        np.testing.assert_allclose(jax.nn.softmax(scores, axis=-1), expected, rtol=1e-3, atol=1e-5)
+        assert t == 1 or np.ptp(expected[0], axis=0).max() > 0.01  # which code it is depends on z
+
+
 def test_near_the_data_the_mean_does_not_matter():
     skip, gate = prediction.mean_coefficients(PATHS["linear"], jnp.zeros(()), VARIANCE)
     assert float(skip) == -1 and float(gate) == 0

@@ -26,6 +26,7 @@ LENGTH, BLOCKS = 12, 3
 NOISY, CLEAN, TIMES = normal(2, LENGTH, 4, seed=1), normal(2, LENGTH, 4, seed=2), uniform(2, BLOCKS)
 OPTIONS = {"block_position": True, "no_history_vector": True, "qkv_bias": True}
 MEAN = OPTIONS | {"prediction": "mean", "prediction_variance": 0.2, "time_frequency": 30.0}
+MIXTURE = MEAN | {"prediction": "mixture", "num_codes": 5}
 FED_BACK = MEAN | {"self_conditioning": True}
 
 
@@ -127,7 +128,29 @@ def test_a_predicted_mean_makes_the_velocity():
     assert_close(at_data[:, 1], -NOISY[:, 1], 1e-6)
 
 
-@pytest.mark.parametrize(("stacked", "options"), [(True, OPTIONS), (False, OPTIONS), (False, MEAN), (False, FED_BACK)])
+def test_a_mixture_adds_the_expectation_of_its_codes():
+    """Under the logits and what z_t itself says; the scores are there for who asks."""
+    model, params = create(dit=MIXTURE)
+    mean, recorded = model.apply(params, NOISY, TIMES, history=CLEAN, method="first_estimate", mutable=["scores"])
+    (scores,) = recorded["scores"]["dit"]["codes"]
+    codes = np.asarray(params["params"]["dit"]["codes"], np.float64)
+    without = {"params": {**params["params"], "dit": {**params["params"]["dit"], "codes": jnp.zeros((5, 4))}}}
+    residual, recorded = model.apply(without, NOISY, TIMES, history=CLEAN, method="first_estimate", mutable=["scores"])
+    (logits,) = recorded["scores"]["dit"]["codes"]  # codes of norm 0 tell nothing
+    t = np.repeat(np.asarray(TIMES, np.float64), BLOCK, axis=1)[..., None]
+    spread = (1 - t) ** 2 * 0.2 + t**2
+    distance = np.square(np.asarray(NOISY, np.float64)[:, :, None] - (1 - t[..., None]) * codes).sum(-1)
+    weights = np.exp(np.asarray(logits, np.float64) - distance / (2 * spread))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(jax.nn.softmax(scores, axis=-1), weights, rtol=1e-3, atol=1e-6)
+    assert_close(mean, residual + jnp.asarray(weights @ codes, jnp.float32), 1e-5)
+    velocity = training(NOISY, TIMES, CLEAN, options=MIXTURE)
+    assert_close(velocity, (t - (1 - t) * 0.2) / spread * NOISY - t / spread * mean, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stacked", "options"), [(True, OPTIONS), (False, OPTIONS), (False, FED_BACK), (False, MIXTURE)]
+)
 def test_cached_blocks_equal_the_training_layout(stacked, options):
     """`prefill`, then `extend`; one sequence stands a block ahead of the other."""
     model, params = create(dit=options)

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, assert_close, create, dit_config, jit, normal, vae_config
+from models.tiny_models import (
+    BLOCK,
+    VOCAB,
+    assert_close,
+    create,
+    dit_config,
+    jit,
+    normal,
+    tokens,
+    vae_config,
+)
 
 from cola_jax import rng
 from cola_jax.fields import check
@@ -142,6 +152,26 @@ def test_a_share_of_the_sequences_reads_an_estimate_without_a_gradient(share):
     assert (max(differences) > 1e-2) == (share == 1.0)
 
 
+def test_codes_are_told_which_token_it_is():
+    """The cross-entropy of every noisy copy's tokens; the flow's own error does not change."""
+    model, params = create(dit={"prediction": "mixture", "prediction_variance": 0.1, "num_codes": VOCAB})
+    stage, ids = dataclasses.replace(PLAIN, code_weight=0.3), tokens(BATCH, LENGTH)
+    terms = stage2.flow_terms(model, stage, params, Z, SEGMENTS, KEYS, True, tokens=ids)
+    draw = stage2._draw(PLAIN, KEYS, LENGTH, CHANNELS, BLOCK)
+    times = jnp.repeat(draw.times, BLOCK, axis=1)[..., None]
+    noisy = (1 - times) * jnp.tile(Z, (1, 2, 1)) + times * draw.noise
+    options = {"history": Z, "segment_ids": SEGMENTS, "method": "velocity", "mutable": ["scores"]}
+    scores = model.apply(params, noisy, draw.times, **options)[1]["scores"]["dit"]["codes"][0]
+    surprise = -np.take_along_axis(np.asarray(jax.nn.log_softmax(scores)), np.tile(ids, (1, 2))[..., None], 2)[..., 0]
+    real = np.tile(np.asarray(SEGMENTS > 0), (1, 2))
+    assert_close(terms["codes"].value, (surprise * real).sum(1), 1e-5)
+    np.testing.assert_array_equal(terms["codes"].weight, real.sum(1))
+    assert terms["codes"].coefficient == 0.3
+    plain = stage2.flow_terms(model, PLAIN, params, Z, SEGMENTS, KEYS, True)
+    assert "codes" not in plain
+    assert_close(plain["flow"].value, terms["flow"].value, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,4 +201,4 @@ def test_settings_that_contradict_each_other_are_told(changes, message):
 def test_self_conditioning_needs_predicted_means():
     with pytest.raises(UserError) as error:
         dit_config(self_conditioning=True).validate()
-    assert str(error.value) == "config.dit.self_conditioning = True: must be False where prediction is not 'mean'"
+    assert str(error.value) == "config.dit.self_conditioning = True: must be False where prediction is 'velocity'"
