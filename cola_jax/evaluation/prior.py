@@ -241,6 +241,8 @@ class Bound(NamedTuple):
       excess: total less H(X); None where that is not known.
       reconstruction: -log p(x|z); with the total it bounds -log p(x).
       bits_per_byte: of that bound.
+      best_times: of ten equal parts of [0, 1], the shares of drawn times that would vary the bound least; for
+        ``stage2.time_table``.
     """
 
     total: Mean
@@ -248,13 +250,15 @@ class Bound(NamedTuple):
     excess: Mean | None
     reconstruction: Mean
     bits_per_byte: Mean
+    best_times: tuple[float, ...]
 
     def __str__(self) -> str:
         known = "" if self.excess is None else f", above the entropy {self.excess}"
         parts = ", ".join(f"{low:g} to {high:g}: {part.mean:.3f}" for low, high, part in self.parts)
         return (
             f"single-time bound on log q - log p: {self.total}{known} nats per token; by flow time {parts}; "
-            f"reconstruction {self.reconstruction}; together {self.bits_per_byte} bits per byte"
+            f"reconstruction {self.reconstruction}; together {self.bits_per_byte} bits per byte; it varies least with "
+            f"stage2.time_table = ({', '.join(f'{share:.2f}' for share in self.best_times)})"
         )
 
 
@@ -293,7 +297,7 @@ def bound(
       edges: flow times between which the parts are reported, from 0 to 1.
     """
     model, params = density.precise(run.model, run.params, Settings())
-    parts = np.zeros((len(edges) - 1, len(sample.z)))
+    parts, squares = np.zeros((len(edges) - 1, len(sample.z))), np.full(10, np.finfo(float).tiny)
     for index in range(draws):
         for first in range(0, len(sample.z), _ROWS):
             batch = slice(first, first + _ROWS)
@@ -305,6 +309,8 @@ def bound(
             bins = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, len(edges) - 2)
             for part in range(len(parts)):
                 parts[part, batch] += np.where(bins == part, found, 0.0).sum(axis=1) / draws
+            tenths = np.minimum((np.asarray(times) * 10).astype(int), 9)
+            squares += np.bincount(tenths.ravel(), np.square(np.asarray(found, np.float64)).ravel(), 10)
     total = parts.sum(axis=0)
     means = [
         (float(low), float(high), per_token(part, sample.tokens))
@@ -318,4 +324,6 @@ def bound(
         excess,
         per_token(sample.reconstruction, sample.tokens),
         per_token(bits, sample.bytes),
+        # Uniform times: a part has as many draws as another. The best proposal goes with the root of the mean square.
+        tuple((np.sqrt(squares) / np.sqrt(squares).sum()).tolist()),
     )

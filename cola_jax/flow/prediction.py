@@ -41,7 +41,7 @@ def mean_coefficients(path: Path, t: Array, variance: float | Array) -> tuple[Ar
     return skip, signal_slope - skip * signal
 
 
-def code_scores(logits: Array, codes: Array, z_t: Array, precision: Array, signal: Array) -> Array:
+def code_scores(logits: float | Array, codes: Array, z_t: Array, precision: Array, signal: Array) -> Array:
     """``log P(code | z_t)`` up to a constant, where the mean m of a latent is one of finitely many codes.
 
     By Bayes' rule ``P(code | z_t) ~ P(code) N(z_t; signal code, s)``: ``logits`` are the log of the first factor, and
@@ -50,7 +50,7 @@ def code_scores(logits: Array, codes: Array, z_t: Array, precision: Array, signa
     (Gulrajani and Hashimoto 2023), the second factor is Plaid's "output prior".
 
     Args:
-      logits: [B, Q, C].
+      logits: [B, Q, C]; 0: all alike.
       codes: [C, D].
       z_t: noisy latents, [B, Q, D].
       precision: ``signal / s`` with the `spread` s, broadcast against z_t.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from cola_jax import rng
@@ -12,7 +13,7 @@ from cola_jax.flow import path as paths
 from cola_jax.flow.path import LINEAR, Path
 from cola_jax.types import Key, Posterior
 
-DISTRIBUTIONS = ("logit_normal", "uniform", "uniform_log_snr")
+DISTRIBUTIONS = ("logit_normal", "uniform", "uniform_log_snr", "table")
 WEIGHTS = ("as_drawn", "logit_normal", "uniform", "likelihood")
 
 
@@ -21,7 +22,7 @@ class Times(NamedTuple):
 
     Attributes:
       distribution: "logit_normal", ``t = sigmoid(loc + scale * normal)`` (16.5-16.8): a larger ``loc`` means more
-        noise; "uniform"; or "uniform_log_snr": the log-SNR of the path is uniform from ``low`` to ``high``.
+        noise; "uniform"; "uniform_log_snr": the log-SNR of the path is uniform from ``low`` to ``high``; or "table".
       loc, scale: of the logit; scale above 0.
       low, high: log-SNRs, low < high; the low one is the noisy end.
       path: whose log-SNR is meant.
@@ -29,6 +30,7 @@ class Times(NamedTuple):
       share: of the times that come from a second logit-normal instead, so that times near the data and near the noise
         are both drawn.
       second_loc, second_scale: of that one.
+      table: of "table", what equal parts of [0, 1] get, up to a factor; uniform inside each part.
     """
 
     distribution: str = "logit_normal"
@@ -41,6 +43,13 @@ class Times(NamedTuple):
     share: float = 0.0
     second_loc: float = -1.5
     second_scale: float = 1.0
+    table: tuple[float, ...] = ()
+
+
+def _table_cdf(times: Times) -> tuple[Array, Array]:
+    """Ends of the parts of a table, and the probability of a time up to each."""
+    shares = np.cumsum([0.0, *times.table]) / np.sum(times.table)
+    return jnp.linspace(0.0, 1.0, len(shares)), jnp.asarray(shares, jnp.float32)
 
 
 def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
@@ -55,6 +64,9 @@ def sample(times: Times, keys: Key, count: int) -> Float[Array, "B M"]:
         t = rng.uniform(keys, (count,))
     elif times.distribution == "logit_normal":
         t = jax.nn.sigmoid(times.loc + times.scale * rng.normal(keys, (count,)))
+    elif times.distribution == "table":
+        ends, shares = _table_cdf(times)
+        t = jnp.interp(rng.uniform(keys, (count,)), shares, ends)
     else:
         t = paths.time_at(times.path, times.low + (times.high - times.low) * rng.uniform(keys, (count,)))
     if times.share:
@@ -95,6 +107,10 @@ def pdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
         density = jnp.ones_like(s)
     elif times.distribution == "logit_normal":
         density = _logit_normal_pdf(s, times.loc, times.scale)
+    elif times.distribution == "table":
+        parts = len(times.table)
+        heights = jnp.asarray(times.table, jnp.float32) * (parts / sum(times.table))
+        density = heights[jnp.minimum((s * parts).astype(jnp.int32), parts - 1)]
     else:
         value = paths.log_snr(times.path, s)
         speed = -paths.log_snr_slope(times.path, s)
@@ -121,6 +137,8 @@ def cdf(times: Times, t: Array, horizon: float = 1.0) -> Array:
         found = s
     elif times.distribution == "logit_normal":
         found = _logit_normal_cdf(s, times.loc, times.scale)
+    elif times.distribution == "table":
+        found = jnp.interp(s, *_table_cdf(times))
     else:
         found = jnp.clip((times.high - paths.log_snr(times.path, s)) / (times.high - times.low), 0.0, 1.0)
     if times.share:

@@ -51,6 +51,9 @@ class Stage2Config:
     )
     time_second_loc: float = setting(-1.5, "mean of its normal; negative: near the data")
     time_second_scale: float = setting(1.0, "and its standard deviation", above=0)
+    time_table: tuple[float, ...] = setting(
+        (), "'table': what equal parts of [0, 1] get; the report says which times vary the likelihood least", at_least=0
+    )
     time_weight: str = setting(
         "as_drawn",
         "what the error at a time counts: the same at each drawn time, or by importance weights as if times were drawn "
@@ -90,8 +93,12 @@ class Stage2Config:
         require(ok, f"{prefix}interval", self.interval, "at least 1 (strategy = 'interval')")
         low, high = self.time_log_snr_min, self.time_log_snr_max
         require(low < high, f"{prefix}time_log_snr_min", low, f"below time_log_snr_max = {high}")
+        tabled = self.time_distribution == "table"
+        need = "numbers of which one is above 0 where time_distribution = 'table', and else empty"
+        require(tabled == (sum(self.time_table) > 0), f"{prefix}time_table", self.time_table, need)
         weighted = self.time_weight != "as_drawn"
-        covered = not weighted or self.time_distribution != "uniform_log_snr" or self.time_second_share > 0
+        whole = self.time_distribution != "uniform_log_snr" and all(self.time_table)
+        covered = not weighted or whole or self.time_second_share > 0
         need = "one whose density is nowhere 0 (or time_second_share > 0) where time_weight is not 'as_drawn'"
         require(covered, f"{prefix}time_distribution", self.time_distribution, need)
         need = "0 (continuous times) where time_weight is not 'as_drawn'"
@@ -104,10 +111,9 @@ class Stage2Config:
     def times(self) -> schedule.Times:
         """The distribution of the flow times that are trained."""
         log_snrs = (self.time_log_snr_min, self.time_log_snr_max)
+        first = (self.time_distribution, self.time_loc, self.time_scale)
         second = (self.time_second_share, self.time_second_loc, self.time_second_scale)
-        return schedule.Times(
-            self.time_distribution, self.time_loc, self.time_scale, *log_snrs, PATHS[self.path], self.time_grid, *second
-        )
+        return schedule.Times(*first, *log_snrs, PATHS[self.path], self.time_grid, *second, self.time_table)
 
     @property
     def weight(self) -> schedule.Weight:

@@ -103,6 +103,15 @@ def test_the_bound_is_zero_for_the_posterior_itself():
     assert abs(prior.bound(run_of(), sample_of(4), 20, 0).total.mean) < 1e-5
 
 
+def test_the_best_times_go_with_the_root_of_the_mean_square():
+    """Of a constant error, weighted by (1 - t) / t."""
+    shares = np.array(prior.bound(run_of(offset=0.5), sample_of(64), 200, 0).best_times)
+    ends = np.linspace(0.1, 1, 10)
+    expected = np.sqrt(np.diff(-1 / ends - 2 * np.log(ends) + ends))
+    assert shares.sum() == pytest.approx(1) and shares[0] > shares[1]
+    np.testing.assert_allclose(shares[1:] / shares[1:].sum(), expected / expected.sum(), rtol=0.05, atol=0.002)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_is_lost_by_the_exact_prior(path):
     """Its latents are those of the posterior: log q = log p whatever part of the flow is replaced."""

@@ -17,6 +17,7 @@ KEYS = rng.key(0, "train", 0, jnp.arange(1000))
 PROPOSALS = {
     "logit-normal": Times(loc=0.5, scale=1.5),
     "uniform": Times("uniform"),
+    "table": Times("table", table=(0.2, 0.5, 2.0, 1.0)),
     "mixture": Times(loc=1.0, share=0.5, second_loc=-1.5, second_scale=1.2),
 }
 WEIGHTS = {kind: Weight(kind, loc=0.5, scale=1.2) for kind in schedule.WEIGHTS[1:]}

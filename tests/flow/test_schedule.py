@@ -23,6 +23,8 @@ DISTRIBUTIONS = {
     "uniform": Times("uniform"),
     "mixture": Times(share=0.3, second_loc=-2.0, second_scale=0.5),
     "uniform and more": Times("uniform", share=0.5),
+    "table": Times("table", table=(0.5, 0.0, 2.0, 1.0)),
+    "table and more": Times("table", table=(1.0, 3.0), share=0.2),
     **{f"log-SNR, {name}": Times("uniform_log_snr", low=-7.0, high=5.0, path=path) for name, path in PATHS.items()},
 }
 EACH = pytest.mark.parametrize("times", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
@@ -40,6 +42,13 @@ def test_logit_normal_times_have_its_quantiles(loc, scale):
 def test_uniform_times_have_its_quantiles():
     times = schedule.sample(Times("uniform"), KEYS, 1000)
     np.testing.assert_allclose(np.quantile(times, QUANTILES), QUANTILES, atol=0.008)
+
+
+def test_times_of_a_table_have_its_shares():
+    """Uniform inside each part."""
+    times = schedule.sample(Times("table", table=(0.5, 0.0, 2.0, 1.0)), KEYS, 1000)
+    counts = np.histogram(times, np.linspace(0, 1, 9))[0] / times.size
+    np.testing.assert_allclose(counts, np.repeat([0.5, 0.0, 2.0, 1.0], 2) / 7, atol=0.008)
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -128,23 +128,45 @@ def test_a_predicted_mean_makes_the_velocity():
     assert_close(at_data[:, 1], -NOISY[:, 1], 1e-6)
 
 
-def test_a_mixture_adds_the_expectation_of_its_codes():
-    """Under the logits and what z_t itself says; the scores are there for who asks."""
-    model, params = create(dit=MIXTURE)
-    mean, recorded = model.apply(params, NOISY, TIMES, history=CLEAN, method="first_estimate", mutable=["scores"])
-    (scores,) = recorded["scores"]["dit"]["codes"]
-    codes = np.asarray(params["params"]["dit"]["codes"], np.float64)
-    without = {"params": {**params["params"], "dit": {**params["params"]["dit"], "codes": jnp.zeros((5, 4))}}}
-    residual, recorded = model.apply(without, NOISY, TIMES, history=CLEAN, method="first_estimate", mutable=["scores"])
-    (logits,) = recorded["scores"]["dit"]["codes"]  # codes of norm 0 tell nothing
-    t = np.repeat(np.asarray(TIMES, np.float64), BLOCK, axis=1)[..., None]
+def mixture_shares(logits, codes, times):
+    """P(code | z_t) of NOISY by Gaussian densities written out, [2, LENGTH, 5]; and t and the spread [2, LENGTH, 1]."""
+    t = np.repeat(np.asarray(times, np.float64), BLOCK, axis=1)[..., None]
     spread = (1 - t) ** 2 * 0.2 + t**2
     distance = np.square(np.asarray(NOISY, np.float64)[:, :, None] - (1 - t[..., None]) * codes).sum(-1)
     weights = np.exp(np.asarray(logits, np.float64) - distance / (2 * spread))
-    weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(jax.nn.softmax(scores, axis=-1), weights, rtol=1e-3, atol=1e-6)
-    assert_close(mean, residual + jnp.asarray(weights @ codes, jnp.float32), 1e-5)
-    velocity = training(NOISY, TIMES, CLEAN, options=MIXTURE)
+    return weights / weights.sum(-1, keepdims=True), t, spread
+
+
+def test_a_mixture_reads_what_the_latent_tells_of_its_code():
+    model, params = create(dit=MIXTURE)
+    own = params["params"]["dit"]
+
+    def read(m, z, times):
+        context = dit.DiTContext(*m.dit._time(times), None, None)
+        return m.dit._input(z, jnp.arange(LENGTH)[None], BlockPlan.equal(BLOCK), context)
+
+    times = TIMES.at[0, 0].set(0.0)
+    silent = {"params": {**params["params"], "dit": {**own, "code_embedding": jnp.zeros((5, 16))}}}
+    found = model.apply(params, NOISY, times, method=read) - model.apply(silent, NOISY, times, method=read)
+    shares, _, _ = mixture_shares(0.0, np.asarray(own["codes"], np.float64), times)
+    assert_close(found, jnp.asarray(shares @ np.asarray(own["code_embedding"]), jnp.float32), 1e-5)
+
+
+def test_a_mixture_adds_the_expectation_of_its_codes():
+    """Under the logits and what z_t itself says; the scores are there for who asks."""
+    model, params = create(dit=MIXTURE)
+    own = params["params"]["dit"] | {"code_embedding": jnp.zeros((5, 16))}  # so that nothing is read of the codes
+    params = {"params": {**params["params"], "dit": own}}
+    silent = {"params": {**params["params"], "dit": own | {"codes": jnp.zeros((5, 4))}}}
+    estimate = functools.partial(model.apply, method="first_estimate", mutable=["scores"])
+    mean, recorded = estimate(params, NOISY, TIMES, history=CLEAN)
+    residual, logits = estimate(silent, NOISY, TIMES, history=CLEAN)  # codes of norm 0 tell nothing
+    (scores,), (logits,) = (x["scores"]["dit"]["codes"] for x in (recorded, logits))
+    codes = np.asarray(own["codes"], np.float64)
+    shares, t, spread = mixture_shares(logits, codes, TIMES)
+    np.testing.assert_allclose(jax.nn.softmax(scores, axis=-1), shares, rtol=1e-3, atol=1e-6)
+    assert_close(mean, residual + jnp.asarray(shares @ codes, jnp.float32), 1e-5)
+    velocity = model.apply(params, NOISY, TIMES, history=CLEAN, method="velocity")
     assert_close(velocity, (t - (1 - t) * 0.2) / spread * NOISY - t / spread * mean, 1e-5)
 
 

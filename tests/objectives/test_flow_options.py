@@ -189,6 +189,16 @@ def test_codes_are_told_which_token_it_is():
             "stage2.target = 'posterior': must be 'sample' where the flow loss trains the encoder (its variance enters "
             "the noise of the target)",
         ),
+        (
+            {"time_weight": "uniform", "time_distribution": "table", "time_table": (1.0, 0.0)},
+            "stage2.time_distribution = 'table': must be one whose density is nowhere 0 (or time_second_share > 0) "
+            "where time_weight is not 'as_drawn'",
+        ),
+        (
+            {"time_distribution": "table", "time_table": (0.0, 0.0)},
+            "stage2.time_table = (0.0, 0.0): must be numbers of which one is above 0 where time_distribution = "
+            "'table', and else empty",
+        ),
         ({"time_second_share": 1.5}, "stage2.time_second_share = 1.5: must be from 0 to 1"),
     ],
 )
