@@ -142,7 +142,7 @@ def test_a_mixture_reads_what_the_latent_tells_of_its_code():
     own = params["params"]["dit"]
 
     def read(m, z, times):
-        context = dit.DiTContext(*m.dit._time(times), None, None)
+        context = dit.DiTContext(*m.dit._time(times), None, jnp.zeros(()))
         return m.dit._input(z, jnp.arange(LENGTH)[None], BlockPlan.equal(BLOCK), context)
 
     times = TIMES.at[0, 0].set(0.0)
