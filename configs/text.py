@@ -26,7 +26,7 @@ def get_config():
     )
     config.dit.update(
         latent_dim=16,
-        block_size=2,
+        block_size=1,
         dim=192,
         num_heads=6,
         head_dim=32,
@@ -36,11 +36,11 @@ def get_config():
         block_position=True,
         no_history_vector=True,
         unroll=4,
-        prediction="mean",
+        prediction="mixture",
     )
     config.stage1.update(steps=600, kl_weight=1e-3, mask_weight=0.0)
     config.stage2.update(
-        steps=6000, history_dropout=0.1, noise_copies=2, target="posterior", time_loc=0.5, time_scale=1.5
+        steps=6000, history_dropout=0.1, target="posterior", code_weight=1.0, time_loc=1.0, time_scale=1.5
     )
     config.optimizer1.update(learning_rate=5e-3, warmup_steps=50)
     config.optimizer2.update(learning_rate=3e-3, warmup_steps=100, ema=0.995)
