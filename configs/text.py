@@ -1,9 +1,9 @@
-"""Any UTF-8 text: a small Cola DLM trained from scratch on a CPU, with the recipe of the quickstart.
+"""Any UTF-8 text: a small Cola DLM trained from scratch on a CPU, whose prior is a mixture of codes.
 
     python launch/train.py --config=configs/text.py --config.data.files=corpus.txt --workdir=runs/corpus
 
-docs/text.md has results on the King James Bible beside the autoregressive baseline (`configs/text_ar.py`): words and
-phrases, not yet sentences.
+docs/text.md has results on the King James Bible beside the autoregressive baseline (`configs/text_ar.py`): 1.40 bits
+per byte and clauses in the corpus's style after 2,400 of these 6,000 steps, an hour on one core.
 """
 
 from configs import default

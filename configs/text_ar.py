@@ -1,4 +1,4 @@
-"""The autoregressive baseline on any UTF-8 text: 3.4M parameters; `configs/text.py` has 3.8M.
+"""The autoregressive baseline on any UTF-8 text: 3.4M parameters; `configs/text.py` has 4.6M.
 
     python launch/train.py --config=configs/text_ar.py --config.data.files=corpus.txt --workdir=runs/corpus_ar
 
