@@ -80,7 +80,7 @@ def prior_field(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> 
         log(str(line))
     by_time = {f"{row.time:g}": row.error.mean for row in errors}
     found = {"field_error": by_time, "bound": bound.total.mean, "bound_error": bound.total.error}
-    found |= {"reconstruction": bound.reconstruction.mean}
+    found |= {"reconstruction": bound.reconstruction.mean, "best_times": bound.best_times}
     found |= {"bits_per_byte": bound.bits_per_byte.mean, "bits_per_byte_error": bound.bits_per_byte.error}
     if bound.excess is not None:
         found |= {"above_entropy": bound.excess.mean, "above_entropy_error": bound.excess.error}
@@ -100,11 +100,16 @@ def _log_probs(run: Run, written: Sequence[str], seed: int) -> tuple[np.ndarray,
     return np.concatenate(log_prob), cut, bound
 
 
+def _held_out(run: Run, count: int) -> Sequence[str]:
+    """The first held-out documents of a run's corpus, at most ``count``."""
+    documents = corpora.documents(run.config.data, "holdout", run.config.data_seed)
+    return [documents[i] for i in range(min(count, len(documents)))]
+
+
 def likelihood(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
     """``-log p(x)`` of held-out documents, nats per token; on `stories` beside the corpus's exact entropy."""
     data = run.config.data
-    documents = corpora.documents(data, "holdout", run.config.data_seed)
-    chosen = [documents[i] for i in range(min(evaluation.count, len(documents)))]
+    chosen = _held_out(run, evaluation.count)
     log_prob, cut, bound = _log_probs(run, chosen, seed)
     rate, error = per_token(-log_prob, cut.tokens)
     bits, bits_error = per_token(-log_prob / math.log(2), cut.bytes)
@@ -134,8 +139,7 @@ def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
     written = [text for text in stories.write(run, [""] * count, run.settings, seed) if text.strip()]
     log_prob, cut, _ = _log_probs(scorer, written, seed)
     rate, error = per_token(-log_prob, cut.tokens)
-    documents = corpora.documents(scorer.config.data, "holdout", scorer.config.data_seed)
-    real = texts.cut([documents[i] for i in range(min(count, len(documents)))], scorer.tokenizer, scorer.config.data)
+    real = texts.cut(_held_out(scorer, count), scorer.tokenizer, scorer.config.data)
     entropy, entropy_error = texts.unigram_entropy(cut)
     known = texts.unigram_entropy(real).mean
     log(

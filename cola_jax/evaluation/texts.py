@@ -8,7 +8,7 @@ import numpy as np
 from cola_jax.config import DataConfig
 from cola_jax.data import packing
 from cola_jax.data.tokenizers import Tokenizer
-from cola_jax.evaluation.statistics import Mean
+from cola_jax.evaluation.statistics import Mean, per_token
 
 
 class Cut(NamedTuple):
@@ -48,5 +48,4 @@ def unigram_entropy(texts: Cut) -> Mean:
     for ids, count in zip(texts.ids, texts.tokens, strict=True):
         shares = np.unique(ids[:count], return_counts=True)[1] / count
         found.append(-np.sum(shares * np.log(shares)))
-    error = np.std(found, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else np.nan
-    return Mean(float(np.mean(found)), float(error))
+    return per_token(np.array(found), np.ones(len(found)))

@@ -83,9 +83,13 @@ class ColaConfig(Config):
             known = dit.prediction_variance is not None or vae.logsnr is not None
             need = f"a number where dit.prediction = {dit.prediction!r} and vae.logsnr is not fixed"
             require(known, f"{prefix}dit.prediction_variance", None, need)
-        coded = dit.prediction == "mixture" and vae.patch_size == 1 and dit.num_codes in (0, vae.vocab_size)
         need = "0 unless dit.prediction = 'mixture' has a code for each token (vae.patch_size = 1, dit.num_codes = 0)"
-        require(coded or not self.stage2.code_weight, f"{prefix}stage2.code_weight", self.stage2.code_weight, need)
+        require(
+            _codes_are_tokens(vae, dit) or not self.stage2.code_weight,
+            f"{prefix}stage2.code_weight",
+            self.stage2.code_weight,
+            need,
+        )
         self._check_strategy(prefix)
 
     def _check_strategy(self, prefix: str) -> None:
@@ -102,6 +106,11 @@ class ColaConfig(Config):
             weight = self.stage2.reference_weight
             need = "0 where there is no stage 1 to refer to"
             require(weight == 0, f"{prefix}stage2.reference_weight", weight, need)
+
+
+def _codes_are_tokens(vae: VAEConfig, dit: DiTConfig) -> bool:
+    """Whether the prior is a mixture with a code for each token."""
+    return dit.prediction == "mixture" and vae.patch_size == 1 and dit.num_codes in (0, vae.vocab_size)
 
 
 def resolve(config: ColaConfig, vocab_size: int) -> ColaConfig:
@@ -162,24 +171,23 @@ def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage
     def second(params, batch, keys, frozen):
         return stage2.terms(model, config.stage2, params, batch, keys, frozen.get("reference"))
 
-    return stages_with_terms(config, first, second, model)
+    vae_stage, prior_stage = stages_with_terms(config, first, second)
+    if _codes_are_tokens(config.vae, config.dit):
+        prior_stage = prior_stage._replace(begin=functools.partial(_codes_of_tokens, model))
+    return vae_stage, prior_stage
 
 
 def _codes_of_tokens(model: ColaDLM, params: Params, given: Collection[str]) -> Params:
-    """Stage 2 begins with the encoder's means of single tokens as the codes of a mixture, where it has one for each."""
-    vae, dit = model.vae_config, model.dit_config
-    of_tokens = dit.prediction == "mixture" and dit.num_codes == vae.vocab_size and vae.patch_size == 1
-    if not of_tokens or "dit" in given:
+    """Stage 2 begins with the encoder's means of single tokens as the codes of a mixture, unless the prior is given."""
+    if "dit" in given:
         return params
-    tokens = jnp.arange(vae.vocab_size)[:, None]
+    tokens = jnp.arange(model.vae_config.vocab_size)[:, None]
     means = model.normalize(model.apply(nn.meta.unbox(params), tokens, method="encode").mean)[:, 0]
-    codes = params["params"]["dit"]["codes"].replace_boxed(means)
-    return {"params": {**params["params"], "dit": {**params["params"]["dit"], "codes": codes}}}
+    dit = params["params"]["dit"]
+    return {"params": {**params["params"], "dit": {**dit, "codes": dit["codes"].replace_boxed(means)}}}
 
 
-def stages_with_terms(
-    config: ColaConfig, first: TermsFn, second: TermsFn, model: ColaDLM | None = None
-) -> tuple[Stage, Stage]:
+def stages_with_terms(config: ColaConfig, first: TermsFn, second: TermsFn) -> tuple[Stage, Stage]:
     """`make_stages` around any terms (tests put a toy in the place of the model)."""
     reference = "vae" in strategies.trained_groups(config.stage2) and config.stage2.reference_weight > 0
     return (
@@ -204,7 +212,6 @@ def stages_with_terms(
             frozen={"reference": ("vae", "encoder")} if reference else {},
             terms=second,
             flops_per_token=flops_per_token(config, 2),
-            begin=None if model is None else functools.partial(_codes_of_tokens, model),
         ),
     )
 

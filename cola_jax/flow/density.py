@@ -57,6 +57,17 @@ def divergence(push: Callable[[Array], Array], probes: Float[Array, "M K D"] | N
     return jnp.sum(jax.lax.map(entry, jnp.arange(size), batch_size=min(size, _TANGENTS)))
 
 
+def _rescaled(velocity: solve.Velocity, scale: Curve, moves: Bool[Array, "K 1"]) -> solve.Velocity:
+    """The velocity of ``x = z / scale(t)`` where z moves with ``velocity``; positions that do not move have none."""
+
+    def field(x, t):
+        unit, slope = jax.jvp(scale, (t,), (jnp.ones_like(t),))
+        z = jnp.where(moves, unit * x, x)
+        return jnp.where(moves, (velocity(z, t) - slope * x) / unit, 0.0)
+
+    return field
+
+
 def transport(
     velocity: solve.Velocity,
     z: Float[Array, "K D"],
@@ -85,20 +96,13 @@ def transport(
     if probes is not None:
         probes = jnp.where(moves[None], probes, 0.0)
 
-    def scaled(t, x):
-        return jnp.where(moves, scale(t) * x, x)
+    rescaled = _rescaled(velocity, scale, moves)
 
     def field(t, state, _):
-        unit, slope = jax.jvp(scale, (t,), (jnp.ones_like(t),))
-
-        def standard(x):
-            return jnp.where(moves, (velocity(scaled(t, x), t) - slope * x) / unit, 0.0)
-
-        value, push = jax.linearize(standard, state[0])
+        value, push = jax.linearize(lambda x: rescaled(x, t), state[0])
         return value, divergence(push, probes, z.shape, z.dtype)
 
     first, last = jnp.asarray(start, z.dtype), jnp.asarray(stop, z.dtype)
-
     if method.steps:
         grid = solve.Grid(method.shift, method.power, start, stop)
         controller = diffrax.StepTo(grid.times(method.steps).astype(z.dtype))
@@ -116,8 +120,8 @@ def transport(
         max_steps=method.max_steps,
         throw=False,
     )
-    volume = moves.sum() * z.shape[1] * (jnp.log(scale(last)) - jnp.log(scale(first)))
-    end, change = scaled(last, solution.ys[0][-1]), solution.ys[1][-1] + volume
+    end = jnp.where(moves, scale(last) * solution.ys[0][-1], z)
+    change = solution.ys[1][-1] + moves.sum() * z.shape[1] * jnp.log(scale(last) / scale(first))
     ok = (solution.result == diffrax.RESULTS.successful) & jnp.isfinite(change) & jnp.all(jnp.isfinite(end))
     return Flow(end, change, ok, solution.stats["num_steps"])
 

@@ -57,7 +57,9 @@ def code_scores(logits: float | Array, codes: Array, z_t: Array, precision: Arra
       signal: of the path.
     """
     power = 0.5 * jnp.square(codes).sum(axis=-1)[None, None]
-    return logits + precision * (z_t @ codes.T - signal * power)
+    # Near the data the precision is large: what an accelerator rounds here by default would be nats.
+    product = jnp.matmul(z_t, codes.T, precision="highest")
+    return logits + precision * (product - signal * power)
 
 
 def posterior_velocity(path: Path, z_t: Array, t: Array, mean: Array, variance: Array) -> Array:

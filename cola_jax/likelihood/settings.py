@@ -20,7 +20,9 @@ class Settings:
     power: float = setting(
         1.0, "fixed steps end at (i / steps) ** power: above 1, they are finer near the data", above=0
     )
-    rtol: float = setting(1e-3, "relative tolerance of adaptive steps, on latents and log-density (nats)", above=0)
+    rtol: float = setting(
+        1e-3, "relative tolerance of adaptive steps, on latents over their deviation and log-density (nats)", above=0
+    )
     atol: float = setting(1e-3, "absolute tolerance of adaptive steps", above=0)
     max_steps: int = setting(1000, "adaptive steps, rejected ones included, after which a solve has failed", at_least=1)
     divergence: str = setting(

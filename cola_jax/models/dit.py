@@ -179,7 +179,7 @@ class BlockCausalDiT(nn.Module):
             scores = prediction.code_scores(logits, codes, latents, *evidence)
             if not self.is_initializing():
                 self.sow("scores", "codes", scores)
-            output = output + jax.nn.softmax(scores, axis=-1) @ codes
+            output = output + jnp.matmul(jax.nn.softmax(scores, axis=-1), codes, precision="highest")
         return skip * latents + gate * output, output
 
     def _angles(self, positions):

@@ -248,6 +248,23 @@ def flow_terms(
     if draw.pinned is not None:
         noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
         counted = counted * ~draw.pinned
+    velocity, scores = _predict(model, stage, params, noisy, draw, history, segments, keys)
+    error = jnp.mean(jnp.square(velocity - target), axis=-1)
+    times = times[..., 0]
+    out = {
+        f"flow_from_{low:g}": common.per_example(error, counted * (times >= low) * (times < high), 0.0)
+        for low, high in itertools.pairwise(TIME_BINS)
+    }
+    if scores is not None:
+        surprise = common.cross_entropy(scores, jnp.tile(tokens, (1, copies)))
+        out["codes"] = common.per_example(surprise, counted, stage.code_weight)
+    if stage.time_weight != "as_drawn":
+        error = error * schedule.importance(stage.weight, stage.times, times)
+    return {"flow": common.per_example(error, counted, stage.flow_weight)} | out
+
+
+def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments, keys: Key):
+    """Velocity of the noisy copies, and the scores of their codes where these have a weight, else None."""
     apply = functools.partial(
         model.apply,
         params,
@@ -262,23 +279,11 @@ def flow_terms(
     if model.dit_config.self_conditioning:
         reads = rng.uniform(rng.fold_in(keys, 1), (1, 1)) < stage.self_conditioning
         options["estimate"] = jnp.where(reads, jax.lax.stop_gradient(apply(method="first_estimate")), 0.0)
-    if stage.code_weight:
-        velocity, recorded = apply(**options, method="velocity", mutable=["scores"])
-        (scores,) = recorded["scores"]["dit"]["codes"]
-    else:
-        velocity = apply(**options, method="velocity")
-    error = jnp.mean(jnp.square(velocity - target), axis=-1)
-    times = times[..., 0]
-    out = {
-        f"flow_from_{low:g}": common.per_example(error, counted * (times >= low) * (times < high), 0.0)
-        for low, high in itertools.pairwise(TIME_BINS)
-    }
-    if stage.code_weight:
-        surprise = common.cross_entropy(scores, jnp.tile(tokens, (1, copies)))
-        out["codes"] = common.per_example(surprise, counted, stage.code_weight)
-    if stage.time_weight != "as_drawn":
-        error = error * schedule.importance(stage.weight, stage.times, times)
-    return {"flow": common.per_example(error, counted, stage.flow_weight)} | out
+    if not stage.code_weight:
+        return apply(**options, method="velocity"), None
+    velocity, recorded = apply(**options, method="velocity", mutable=["scores"])
+    (scores,) = recorded["scores"]["dit"]["codes"]
+    return velocity, scores
 
 
 def _posterior_target(model, stage: Stage2Config, posterior: Posterior, noisy, times):
