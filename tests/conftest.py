@@ -5,8 +5,9 @@ import os
 import pathlib
 import warnings
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import environment
+
+os.environ.update(environment.variables(devices=8))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

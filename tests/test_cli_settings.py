@@ -139,10 +139,10 @@ def test_config_help_lists_every_field_of_every_family():
 @pytest.fixture(scope="module")
 def helps() -> dict[str, dict[str, str]]:
     """What --helpfull of each binary says of the flags of each module; --help says the same of its own."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
     started = {
         path.name: subprocess.Popen(
-            [sys.executable, path, "--helpfull"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, path, "--helpfull"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
         )
         for path in (ROOT / "launch").glob("*.py")
     }

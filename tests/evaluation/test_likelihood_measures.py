@@ -178,9 +178,9 @@ def test_a_reference_that_ran_out_of_steps_is_not_the_truth():
     sample = prior.draw(run, 2, 0)
     settings = Settings(solver="heun", rtol=1e-7, atol=1e-7, max_steps=3)
     with pytest.raises(UserError, match="2 of 2 sequences.* likelihood max_steps = 3: must be larger"):
-        tiny_models.quickly(measures.truth, run, sample, settings)
+        measures.truth(run, sample, settings)
     steps = Settings(solver="heun", steps=2)
-    assert np.all(np.isfinite(tiny_models.quickly(measures.truth, run, sample, steps)))
+    assert np.all(np.isfinite(measures.truth(run, sample, steps)))
 
 
 def test_stories_are_those_that_the_run_did_not_train_on():
@@ -188,7 +188,7 @@ def test_stories_are_those_that_the_run_did_not_train_on():
     run = run_of(data=dataclasses.replace(DATA, seed=5))
     expected = [corpora.documents(DATA, "holdout", 5)[i] for i in range(2)]
     assert measures.held_out(run, 2, run.config.data_seed).texts == expected
-    sample = tiny_models.quickly(prior.draw, run, 2, 0)
+    sample = prior.draw(run, 2, 0)
     np.testing.assert_array_equal(sample.tokens, [len(run.tokenizer.encode(text)) + 1 for text in expected])
 
 
@@ -205,6 +205,6 @@ def test_first_sentences_are_whole_blocks_of_the_quickstart():
 
 def test_draws_do_not_depend_on_their_number():
     run = run_of()
-    few, many = (tiny_models.quickly(prior.draw, run, count, 3) for count in (1, 2))
+    few, many = (prior.draw(run, count, 3) for count in (1, 2))
     np.testing.assert_allclose(few.z[0], many.z[0, : few.z.shape[1]], atol=1e-5)
     assert jax.random.key_data(few.probes[0, 0]).tolist() == jax.random.key_data(many.probes[0, 0]).tolist()

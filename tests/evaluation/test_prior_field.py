@@ -184,7 +184,7 @@ def test_a_network_on_any_corpus(tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("\n\n".join(f"text {i} " + "ab" * (i % 9) for i in range(300)))
     run = tiny_run(corpus="text", files=str(file), sequence_length=16, holdout=0.2)
-    sample = tiny_models.quickly(prior.draw, run, 6, 0)
+    sample = prior.draw(run, 6, 0)
     documents = corpora.documents(run.config.data, "holdout", 0)
     lengths = [len(documents[i].encode()) + 1 for i in range(6)]
     assert max(lengths) > 16 and sample.entropy is None
@@ -195,27 +195,27 @@ def test_a_network_on_any_corpus(tmp_path):
     logits = tiny_models.apply(run.model, run.params, sample.z, sample.segments, method="decode")
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sample.reconstruction, (nats * (np.asarray(sample.segments) > 0)).sum(axis=1), rtol=1e-5)
-    found = tiny_models.quickly(density.log_prob, run.model, run.params, sample.z, TINY, sample.probes, sample.segments)
+    found = density.log_prob(run.model, run.params, sample.z, TINY, sample.probes, sample.segments)
     log_q = jax.scipy.stats.norm.logpdf(sample.z, sample.mean, sample.deviation).sum(axis=-1)
     excess = (log_q * (sample.segments > 0)).sum() - found.log_prob.sum()
-    part, late = tiny_models.quickly(prior.split, run, sample, (0.0, 0.5), TINY)
+    part, late = prior.split(run, sample, (0.0, 0.5), TINY)
     assert part.excess.mean == pytest.approx(float(excess) / sample.tokens.sum(), rel=1e-4)
     assert part.mismatch is None and np.isfinite(late.excess.mean)
-    errors = tiny_models.quickly(prior.field_error, run, sample, prior.TIMES)
+    errors = prior.field_error(run, sample, prior.TIMES)
     assert [one.time for one in errors] == list(prior.TIMES) and all(one.error.mean > 0 for one in errors)
     assert "squared error" in str(errors[0]) and "nats per token" in str(part) and "mismatch" not in str(part)
     with pytest.raises(UserError, match="count = 900: must be at most the"):
         prior.draw(run, 900, 0)
     with pytest.raises(UserError, match="were not solved from t = 0; likelihood max_steps = 2: must be larger"):
         hopeless = dataclasses.replace(TINY, steps=0, rtol=1e-6, atol=1e-6, max_steps=2)
-        tiny_models.quickly(prior.split, run, sample, (0.0,), hopeless)
+        prior.split(run, sample, (0.0,), hopeless)
 
 
 def test_the_entropy_is_known_on_whole_stories():
     stories = StoriesConfig(values=4, aligned=True)
     run = tiny_run(stories=stories, num_stories=1000, sequence_length=400)
-    sample = tiny_models.quickly(prior.draw, run, 2, 0)
+    sample = prior.draw(run, 2, 0)
     documents = corpora.documents(run.config.data, "holdout", 0)
     np.testing.assert_allclose(sample.entropy, [-Stories(stories).log_prob(documents[i]) for i in range(2)])
     short = tiny_run(stories=stories, num_stories=1000, sequence_length=40)
-    assert tiny_models.quickly(prior.draw, short, 2, 0).entropy is None
+    assert prior.draw(short, 2, 0).entropy is None

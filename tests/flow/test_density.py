@@ -9,7 +9,6 @@ from cola_jax.flow import density, prediction
 from cola_jax.flow.path import PATHS
 from cola_jax.flow.solve import Method
 from tests.flow import gaussian
-from tests.models.tiny_models import jit
 
 MEAN = np.array([0.5, -1.0, 0.2, 0.8, -0.3, 0.0])
 COVARIANCE = gaussian.covariance(6)
@@ -23,7 +22,7 @@ def score(z, method, probes=None, path="linear"):
     """log p of [S, 3, 2] under the Gaussian's flow, and the flow's end."""
     field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
     flow = jax.vmap(lambda x, e: density.transport(field, x, method, probes=e), (0, None if probes is None else 0))
-    out = jit(flow)(z, probes)
+    out = jax.jit(flow)(z, probes)
     return jax.vmap(density.log_prob, (0, None))(out, WHOLE), out
 
 
@@ -67,7 +66,7 @@ def test_noise_is_carried_to_the_data(path):
     with jax.enable_x64(True):
         field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
         corners = jnp.concatenate([jnp.zeros((1, 6)), jnp.eye(6)]).reshape(7, 3, 2)
-        ends = jit(jax.vmap(lambda z: density.transport(field, z, FINE, 1.0, 0.0).end))(corners).reshape(7, 6)
+        ends = jax.jit(jax.vmap(lambda z: density.transport(field, z, FINE, 1.0, 0.0).end))(corners).reshape(7, 6)
         ends = np.asarray(ends)
         gain = (ends[1:] - ends[0]).T
         np.testing.assert_allclose(ends[0], MEAN, atol=1e-6)
@@ -82,7 +81,8 @@ def test_the_density_does_not_depend_on_the_coordinates_of_the_solver(path):
         free = jnp.array([True, False, True])
         scales = (jnp.ones_like, lambda t: jnp.sqrt(0.3 * (1 - t) ** 2 + t**2))
         plain, scaled = (
-            jit(lambda z, s=s: density.transport(field, z, FINE, free=free, scale=s))(jnp.asarray(Z[0])) for s in scales
+            jax.jit(lambda z, s=s: density.transport(field, z, FINE, free=free, scale=s))(jnp.asarray(Z[0]))
+            for s in scales
         )
         np.testing.assert_allclose(scaled.end, plain.end, atol=1e-7)
         np.testing.assert_allclose(scaled.change, plain.change, atol=1e-7)
@@ -116,7 +116,7 @@ def test_forward_then_backward_returns_the_latent():
             there = density.transport(field, z, FINE)
             return there, density.transport(field, there.end, FINE, start=1.0, stop=0.0)
 
-        there, back = jit(jax.vmap(there_and_back))(jnp.asarray(Z))
+        there, back = jax.jit(jax.vmap(there_and_back))(jnp.asarray(Z))
         assert np.abs(there.end - Z).max() > 0.1 and np.abs(there.change).max() > 0.1
         np.testing.assert_allclose(back.end, Z, atol=1e-7)
         np.testing.assert_allclose(back.change, -there.change, atol=1e-7)
@@ -156,7 +156,7 @@ def test_fixed_positions_do_not_move_and_have_no_density():
     method = Method(rtol=1e-6, atol=1e-6)
     z = jnp.asarray(Z[0], jnp.float32)
     probes = density.draw_probes(jax.random.key(0), (3, 2))  # exact where the Jacobian is diagonal
-    flow = jit(lambda z, e: density.transport(field, z, method, free=free, probes=e))(z, probes)
+    flow = jax.jit(lambda z, e: density.transport(field, z, method, free=free, probes=e))(z, probes)
     kept = [0, 1, 4, 5]
     expected = gaussian.log_prob(Z[0].reshape(-1)[kept], MEAN[kept], np.diag(variance[kept]))
     np.testing.assert_array_equal(flow.end[1], z[1])
@@ -172,10 +172,10 @@ def test_each_sample_has_its_own_steps_and_failures():
 
     z = jnp.ones((4, 1, 2))
     rates = [0.1, 5.0, 3000.0, 2.0]
-    together = jit(jax.vmap(solve))(z, jnp.array(rates))
+    together = jax.jit(jax.vmap(solve))(z, jnp.array(rates))
     np.testing.assert_array_equal(together.ok, [True, True, False, True])
     assert len(set(together.steps.tolist())) > 2
-    solve_one = jit(solve)
+    solve_one = jax.jit(solve)
     for index in (0, 1, 3):
         alone = solve_one(z[index], rates[index])
         assert alone.steps == together.steps[index]
@@ -185,5 +185,5 @@ def test_each_sample_has_its_own_steps_and_failures():
 
 def test_a_velocity_that_is_not_finite_is_no_success():
     method = Method("heun", steps=4)
-    flow = jit(lambda z: density.transport(lambda x, t: x / (t - t), z, method))(jnp.ones((1, 2)))
+    flow = jax.jit(lambda z: density.transport(lambda x, t: x / (t - t), z, method))(jnp.ones((1, 2)))
     assert not flow.ok

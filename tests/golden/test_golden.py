@@ -7,7 +7,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import apply, assert_close, quickly
+from models.tiny_models import apply, assert_close
 
 from cola_jax import release, sampling
 
@@ -72,7 +72,7 @@ def generated(name, dtype):
     )
     prompts = [[int(token) for token in row if token >= 0] for row in arrays["gen_prompts"]]
     noise = jnp.asarray(arrays["gen_noise"])
-    return settings, prompts, quickly(sampling.generate, model, params, prompts, settings, noise=noise)
+    return settings, prompts, sampling.generate(model, params, prompts, settings, noise=noise)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -159,7 +159,7 @@ def batch():
 
 def run(tiny, batch, settings=TINY, **options):
     tokens, segments = batch
-    return tiny_models.quickly(likelihood.log_likelihood, *tiny, tokens, settings, KEY, segment_ids=segments, **options)
+    return likelihood.log_likelihood(*tiny, tokens, settings, KEY, segment_ids=segments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_response_does_not_reach_the_latents_of_its_prefix(attention):
     model, params = tiny_models.create(vae={"attention": attention, "block_size": 4})
     text = np.array(tiny_models.tokens(2, 12, seed=3))
     text[1, :6] = text[0, :6]  # the same prefix, another response
-    encode = functools.partial(tiny_models.quickly, weights.encode, model, params)
+    encode = functools.partial(weights.encode, model, params)
     found = encode(make_rows(model, text, prefix=[6, 6]))
     for value in found:
         np.testing.assert_array_equal(value[0, :6], value[1, :6])
@@ -229,7 +229,7 @@ def test_probes_have_keys_of_their_own(tiny, batch, monkeypatch):
     """A key for each block of each sample of each row, none of them one that latents were drawn from."""
     model, params = tiny
     rows = jax.tree.map(jnp.asarray, make_rows(model, *batch))
-    posterior = tiny_models.quickly(weights.encode, model, params, rows)
+    posterior = weights.encode(model, params, rows)
     seen = []
 
     def log_prob(model, params, z, settings, keys, segments, given):

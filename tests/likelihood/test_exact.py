@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from models import tiny_autoregressive as tiny
-from models.tiny_models import quickly, tokens
+from models.tiny_models import tokens
 
 from cola_jax import likelihood, sharding
 from cola_jax.config import TrainConfig
@@ -31,7 +31,7 @@ def toy():
 
 def log_likelihood(model, sequences, prefix=None, **options):
     rows, segments = likelihood.stack(sequences)
-    return quickly(exact.log_likelihood, *model, rows, segments, prefix, **options)
+    return exact.log_likelihood(*model, rows, segments, prefix, **options)
 
 
 def test_probabilities_of_all_texts_sum_to_one():
@@ -62,17 +62,14 @@ def texts():
 def test_neither_batch_nor_padding_changes_a_text(texts):
     together = log_likelihood(tiny.create(), texts).log_prob
     for text, value in zip(texts, together, strict=True):
-        alone = quickly(exact.log_likelihood, *tiny.create(), [text])
+        alone = exact.log_likelihood(*tiny.create(), [text])
         np.testing.assert_allclose(alone.log_prob, [value], rtol=1e-5)
         assert alone.tokens == len(text)
 
 
 def test_what_stands_in_padding_is_not_read(texts):
     rows, segments = likelihood.stack(texts)
-    found = [
-        quickly(exact.token_log_probs, *tiny.create(), np.where(segments > 0, rows, fill), segments)
-        for fill in (0, 10**6)
-    ]
+    found = [exact.token_log_probs(*tiny.create(), np.where(segments > 0, rows, fill), segments) for fill in (0, 10**6)]
     np.testing.assert_array_equal(*found)
     assert np.all(found[0][segments == 0] == 0) and np.all(found[0][segments > 0] < 0)
 
@@ -109,7 +106,7 @@ def test_eight_devices_give_what_one_gives(texts):
 )
 def test_a_row_that_cannot_be_scored_is_named(rows, segments, prefix, words):
     with pytest.raises(UserError, match=words):
-        quickly(exact.log_likelihood, *tiny.create(), rows, segments, prefix)
+        exact.log_likelihood(*tiny.create(), rows, segments, prefix)
 
 
 def parse(lines):
@@ -118,7 +115,7 @@ def parse(lines):
 
 def score(asked, batch_size=4, report=None):
     scorer = exact.Scorer(*tiny.create(vocab_size=258), batch_size)
-    return [line for some in quickly(lambda: list(scorer.score(asked, report))) for line in some]
+    return [line for some in list(scorer.score(asked, report)) for line in some]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ NONE = jnp.zeros((BATCH, LENGTH), bool)
 
 def solve(tiny, latents, segments=ALL, pinned=NONE):
     """Always the same program."""
-    return tiny_models.quickly(density.log_prob, *tiny, latents, SETTINGS, None, segments, pinned)
+    return density.log_prob(*tiny, latents, SETTINGS, None, segments, pinned)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def dense(tiny):
     """Velocity and Jacobian of a whole sequence in the training layout: all noisy blocks against the clean copy."""
     model, params = tiny
 
-    @tiny_models.jit
+    @jax.jit
     def value_and_jacobian(z, t, history, segments, pinned):
         def velocity(z):
             noisy = z.reshape(1, LENGTH, CHANNELS)
@@ -104,7 +104,7 @@ def test_one_solve_equals_block_by_block_solves(tiny, latents, solved):
         return flow_density.log_prob(flow, block)
 
     by_block = jnp.arange(LENGTH)[None] // BLOCK == jnp.arange(BLOCKS)[:, None]
-    found = tiny_models.jit(jax.vmap(log_prob, (None, 0)))(latents[0], by_block)
+    found = jax.jit(jax.vmap(log_prob, (None, 0)))(latents[0], by_block)
     np.testing.assert_allclose(solved.log_prob[0], found, rtol=1e-5, atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_float64_goes_through_the_whole_network(tiny, latents):
     with jax.enable_x64(True):
         model, params = density.precise(*tiny, Settings(dtype="float64"))
 
-        @tiny_models.jit
+        @jax.jit
         def run(clean):
             cache = model.apply(params, clean, ALL[:1], method="history")
             cache = jax.tree.map(lambda x: x[:, 0], cache)

@@ -39,7 +39,7 @@ def parse(lines, form=FORM):
 
 def score(tiny, asked, settings=SETTINGS, batch_size=4):
     scorer = requests.Scorer(*tiny, settings, KEY, FORM.context, batch_size)
-    return [line for some in tiny_models.quickly(lambda: list(scorer.score(asked))) for line in some]
+    return [line for some in list(scorer.score(asked)) for line in some]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,7 @@ def direct(tiny):
     """The text of line 0, text and prefix of line 1, second candidate of line 2: as wide as a batch of these."""
     rows = [[*b"abcd", *[256] * 4], [*b"abcde", *[256] * 3], [*b"abcd"], [*b"abcdzz", *[256] * 2]]
     tokens, segments = likelihood.stack(rows)
-    return tiny_models.quickly(
-        likelihood.log_likelihood, *tiny, tokens, SETTINGS, KEY, segments, np.zeros(4, int), [0, 1, 1, 2]
-    )
+    return likelihood.log_likelihood(*tiny, tokens, SETTINGS, KEY, segments, np.zeros(4, int), [0, 1, 1, 2])
 
 
 def test_every_line_has_its_result(results, direct):

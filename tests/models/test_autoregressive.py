@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny_autoregressive as tiny
-from models.tiny_models import VOCAB, apply, assert_close, assert_trees_close, jit, normal, tokens
+from models.tiny_models import VOCAB, apply, assert_close, assert_trees_close, normal, tokens
 
 from cola_jax import sharding
 from cola_jax.config import TrainConfig
@@ -65,7 +65,7 @@ def dependence():
         variables = {"params": {"transformer": params["params"]["transformer"] | own}}
         return model.apply(variables, row, segment_ids, method="logits")[0] @ normal(VOCAB)
 
-    jacobian = jit(jax.jacrev(outputs))
+    jacobian = jax.jit(jax.jacrev(outputs))
     own = {name: params["params"]["transformer"][name] for name in ("wte", "begin")}
     return lambda segment_ids: {name: np.any(x != 0, axis=-1) for name, x in jacobian(own, segment_ids).items()}
 
@@ -103,7 +103,7 @@ def test_reduced_logits_are_those_of_the_whole_row(chunk):
     def whole(params):
         return jnp.sum(weights * reduce(model.apply(params, row, method="logits"), row))
 
-    assert_trees_close(*(jit(jax.value_and_grad(f))(params) for f in (chunked, whole)), 1e-5)
+    assert_trees_close(*(jax.jit(jax.value_and_grad(f))(params) for f in (chunked, whole)), 1e-5)
 
 
 @pytest.mark.parametrize(("piece", "changes"), [(1, {}), (3, {"norm": "layernorm", "qk_norm": True})])
@@ -144,7 +144,7 @@ def test_every_matrix_and_no_vector_decays_and_every_axis_has_a_rule():
 
 def test_initial_loss_is_about_that_of_a_uniform_guess():
     model = autoregressive.create(tiny.config(dim=64, num_layers=1))
-    params = jit(model.init)(jax.random.key(0), tokens(1, 4))
+    params = jax.jit(model.init)(jax.random.key(0), tokens(1, 4))
     logits = apply(model, params, tokens(8, 16), method="logits")
     loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
     assert abs(loss - np.log(VOCAB)) < 1.0

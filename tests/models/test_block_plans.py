@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, apply, assert_close, assert_trees_close, create, jit, normal, uniform
+from models.tiny_models import BLOCK, apply, assert_close, assert_trees_close, create, normal, uniform
 
 from cola_jax.nn import visibility
 from cola_jax.nn.visibility import BlockPlan
@@ -72,7 +72,7 @@ def test_given_sizes_that_are_all_the_same_are_equal_blocks(unroll):
     arguments = ({"params": {"dit": params["params"]["dit"]}}, NOISY, CLEAN, TIMES)
     plans = None, BlockPlan.equal(BLOCK), BlockPlan.of_sizes((BLOCK,) * 3)
     default, equal, given = (
-        jit(jax.value_and_grad(loss, (1, 2, 3, 4)), static_argnums=0)(p, *arguments) for p in plans
+        jax.jit(jax.value_and_grad(loss, (1, 2, 3, 4)), static_argnums=0)(p, *arguments) for p in plans
     )
     jax.tree.map(np.testing.assert_array_equal, equal, default)
     assert_trees_close(given, default, 2e-6)

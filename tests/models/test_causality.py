@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, apply, create, jit, normal, tokens, uniform
+from models.tiny_models import BLOCK, apply, create, normal, tokens, uniform
 
 from cola_jax.nn.visibility import BlockPlan
 
@@ -88,7 +88,7 @@ def whole_sequence(blocks):
         options = {"segment_ids": documents, "plan": PLANS[blocks]}
         return weighted(model.apply(params, z, uniform(1, 3), method="velocity", **options))
 
-    jacobian = jit(jax.jacrev(velocity))
+    jacobian = jax.jit(jax.jacrev(velocity))
     return lambda documents: depends(jacobian(normal(1, LENGTH, 4), params, documents))
 
 
@@ -110,7 +110,7 @@ def training_layout(blocks):
         times = uniform(1, dropped.shape[1])  # of each block of both copies
         return weighted(model.apply(params, noisy, times, history=clean, method="velocity", **extra))
 
-    jacobian = jit(jax.jacrev(velocity, argnums=(0, 1, 2)))
+    jacobian = jax.jit(jax.jacrev(velocity, argnums=(0, 1, 2)))
     noisy, clean = normal(1, 2 * LENGTH, 4, seed=1), normal(1, LENGTH, 4, seed=2)
     vector = params["params"]["dit"]["no_history"][None, None]
     return lambda *changes: [depends(part) for part in jacobian(noisy, clean, vector, params, *changes)]

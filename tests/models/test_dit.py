@@ -11,7 +11,6 @@ from models.tiny_models import (
     assert_close,
     create,
     dit_config,
-    jit,
     normal,
     uniform,
     vae_config,
@@ -234,7 +233,7 @@ def test_separate_layers_equal_the_loop_at_less_work(remat):
             return model.apply({"params": {"dit": dit}}, noisy, times, **options, method="velocity")
 
         arguments = (params["params"]["dit"], noisy, CLEAN)
-        gradient = jit(jax.grad(lambda *given: jnp.sum(velocity(*given) ** 2), (0, 1, 2)))
+        gradient = jax.jit(jax.grad(lambda *given: jnp.sum(velocity(*given) ** 2), (0, 1, 2)))
         return velocity(*arguments), gradient(*arguments), benchmark.count_flops(velocity, *arguments)
 
     (*loop, flops_of_loop), (*apart, flops) = measure(1), measure(2)
@@ -259,7 +258,7 @@ def test_velocity_is_exactly_zero_at_the_start():
     """Modulations, gates and output head start at zero; with any values of the other parameters v = 0."""
     model, params = create(dit=OPTIONS)
 
-    @jit
+    @jax.jit
     def initial_zeros(key):
         dit = model.init(key, jnp.zeros((1, BLOCK), jnp.int32))["params"]["dit"]
         return dit["out_layer"], dit["out_modulation"], {name: dit["layers"][name] for name in ZERO}

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import VOCAB, abstract, apply, assert_close, create, jit, normal, tokens, vae_config
+from models.tiny_models import VOCAB, abstract, apply, assert_close, create, normal, tokens, vae_config
 
 from cola_jax.flow import schedule
 from cola_jax.models import cola
@@ -58,7 +58,7 @@ def test_the_mask_token_reads_its_own_row_of_the_embedding():
     encoder = params["params"]["vae"]["encoder"]
     assert encoder["wte"].shape == (VOCAB + 1, 16)
 
-    @jit
+    @jax.jit
     def gradient(tokens):
         def total(table):
             variables = {"params": {"vae": {"encoder": encoder | {"wte": table}}}}

@@ -14,9 +14,6 @@ from cola_jax.models.text_vae import VAEConfig
 
 VOCAB, CHANNELS, BLOCK = 31, 4, 4
 
-# Compilation is most of the time of these tests.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def vae_config(**changes) -> VAEConfig:
     """Blocks of the VAE are smaller than those of the DiT, so that the two cannot be confused."""
@@ -60,26 +57,9 @@ def create(vae: dict | None = None, dit: dict | None = None, dtype: str = "float
     return _create(vae_config(**(vae or {})), dit_config(**(dit or {})), dtype)
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("method", "plan", "decoder_plan"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "plan", "decoder_plan"))
 def apply(model, params, *args, method: str, **kwargs):
     return model.apply(params, *args, method=method, **kwargs)
-
-
-def jit(function, **options):
-    """`jax.jit` that compiles fast."""
-    return jax.jit(function, compiler_options=QUICK, **options)
-
-
-def quickly(function, *args, **kwargs):
-    """Calls a function whose own `jax.jit` then compiles fast."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

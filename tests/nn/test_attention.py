@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import assert_close, jit, normal
+from models.tiny_models import assert_close, normal
 
 from cola_jax.nn import attention
 
@@ -27,7 +27,7 @@ def test_attend_is_softmax_attention():
     mask = np.random.default_rng(0).random((2, 5, 7)) < 0.5
     mask[:, :, 0] = True
     expected = [dense(*(np.asarray(x[i]) for x in (q, k, v)), mask[i]) for i in range(2)]
-    assert_close(jit(attention.attend)(q, k, v, jnp.asarray(mask)), np.stack(expected), 1e-5)
+    assert_close(jax.jit(attention.attend)(q, k, v, jnp.asarray(mask)), np.stack(expected), 1e-5)
 
 
 def test_attend_without_a_mask_sees_everything():
@@ -67,7 +67,7 @@ def test_attend_history_equals_dense_attention_values_and_gradients(history, gro
     def slow(q, k, v, past_k, past_v):
         return attention.attend(q, jnp.concatenate([past_k, k], 1), jnp.concatenate([past_v, v], 1), mask)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, arrays):
         value, backward = jax.vjp(function, *arrays)
         return value, backward(weights)
@@ -86,6 +86,6 @@ def test_a_query_that_sees_no_history_gets_no_nan_and_no_gradient_from_it():
     def total(past):
         return jnp.sum(attention.attend_history(q, k, v, (past, past), nothing, own))
 
-    value, gradient = jit(jax.value_and_grad(total))(normal(1, 3, HEADS, CHANNELS, seed=4))
+    value, gradient = jax.jit(jax.value_and_grad(total))(normal(1, 3, HEADS, CHANNELS, seed=4))
     assert jnp.isfinite(value)
     np.testing.assert_array_equal(gradient, 0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import assert_close, jit, normal
+from models.tiny_models import assert_close, normal
 
 from cola_jax.models import cola
 from cola_jax.models.dit_config import DiTConfig
@@ -38,7 +38,7 @@ def row_segments(draw, length: int, copies: int, dropped):
     return ids.astype(np.int32)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, arrays, weights):
     value, backward = jax.vjp(function, *arrays)
     return value, backward(weights)
@@ -91,7 +91,7 @@ def test_without_segments_all_are_of_one_document(kernel):
 def test_given_sizes_that_are_all_the_same_are_equal_blocks():
     arrays = [normal(BATCH, 288, HEADS, CHANNELS, seed=i) for i in range(3)]
     plans = BlockPlan.equal(16), BlockPlan.of_sizes((16,) * 9)
-    equal, given = (jit(attention.attend_row)(*arrays, attention.RowLayout(144, plan)) for plan in plans)
+    equal, given = (jax.jit(attention.attend_row)(*arrays, attention.RowLayout(144, plan)) for plan in plans)
     assert_close(given, equal, 1e-6)
 
 
@@ -143,10 +143,10 @@ def test_the_splash_kernel_runs_on_each_device_s_examples_and_heads():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     arrays = [normal(BATCH, 16, HEADS, CHANNELS, seed=i) for i in range(3)]
     layout = attention.RowLayout(8, BlockPlan.equal(4), None, "splash_interpreted")
-    expected = jit(attention.attend_row)(*arrays, layout)
+    expected = jax.jit(attention.attend_row)(*arrays, layout)
     home = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
     with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"), ("heads", "tensor"))):
-        program = jit(attention.attend_row).lower(*jax.device_put(arrays, home), layout).compile()
+        program = jax.jit(attention.attend_row).lower(*jax.device_put(arrays, home), layout).compile()
     actual = program(*jax.device_put(arrays, home), layout)
     assert_close(actual, expected, 1e-6)
     assert actual.sharding.is_equivalent_to(home, 4)

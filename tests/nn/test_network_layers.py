@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import assert_close, assert_trees_close, jit, normal
+from models.tiny_models import assert_close, assert_trees_close, normal
 
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers
 
@@ -92,7 +92,7 @@ def test_remat_changes_neither_values_nor_gradients_but_what_is_kept(remat):
         loss = lambda params: jnp.sum(jnp.sin(layers.apply(params, *arguments)[0]))  # noqa: E731
         _, backward = jax.vjp(loss, params)
         kept = sum(x.size for x in jax.tree.leaves(backward))
-        return kept, jit(jax.value_and_grad(loss))(params)
+        return kept, jax.jit(jax.value_and_grad(loss))(params)
 
     plain, expected = kept_and_gradients("none")
     kept, actual = kept_and_gradients(remat)

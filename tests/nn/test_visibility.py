@@ -1,7 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import jit
 
 from cola_jax.nn import visibility
 from cola_jax.nn.visibility import BlockPlan, Place, visible
@@ -113,7 +113,10 @@ def test_a_plan_says_the_blocks_of_a_sequence(plan, length, ids):
     assert plan.count(length) == len(sizes)
     offsets = [position - starts[block] for position, block in enumerate(ids)]
     positions = np.arange(length)
-    for xp, ask in ((np, lambda method: method(positions)), (jnp, lambda method: jit(method)(jnp.asarray(positions)))):
+    for xp, ask in (
+        (np, lambda method: method(positions)),
+        (jnp, lambda method: jax.jit(method)(jnp.asarray(positions))),
+    ):
         block, offset = ask(plan.id_of), ask(plan.offset_of)
         assert isinstance(block, np.ndarray) == isinstance(offset, np.ndarray) == (xp is np)
         np.testing.assert_array_equal(block, ids)

@@ -12,7 +12,6 @@ from models.tiny_models import (
     assert_close,
     create,
     dit_config,
-    jit,
     normal,
     tokens,
     vae_config,
@@ -112,7 +111,7 @@ def fed_back(share, params=None):
     def value(params):
         return jnp.sum(stage2.flow_terms(model, stage, params, Z, SEGMENTS, KEYS, True)["flow"].value)
 
-    return jit(jax.value_and_grad(value))(own if params is None else params)
+    return jax.jit(jax.value_and_grad(value))(own if params is None else params)
 
 
 def by_hand(estimates, wrt_estimate):
@@ -133,7 +132,7 @@ def by_hand(estimates, wrt_estimate):
         error = jnp.mean(jnp.square(v - (draw.noise - data)), axis=-1)
         return jnp.sum(error * jnp.tile(SEGMENTS > 0, (1, 2)))
 
-    return jit(jax.value_and_grad(value))(params)
+    return jax.jit(jax.value_and_grad(value))(params)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

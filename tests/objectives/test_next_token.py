@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny_autoregressive as tiny
-from models.tiny_models import assert_trees_close, jit, tokens
+from models.tiny_models import assert_trees_close, tokens
 
 from cola_jax.objectives import next_token
 from cola_jax.types import Term
@@ -23,7 +23,7 @@ def batch(rows, segment_ids):
 @functools.cache
 def objective(chunk: int = 4):
     model, params = tiny.create(logit_chunk=chunk)
-    return jit(lambda rows, segments: next_token.terms(model, params, batch(rows, segments)))
+    return jax.jit(lambda rows, segments: next_token.terms(model, params, batch(rows, segments)))
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def gradient():
         terms = next_token.terms(model, params, batch(rows, segment_ids))
         return jnp.sum(terms["next_token"].value)
 
-    whole = jit(jax.value_and_grad(total))
+    whole = jax.jit(jax.value_and_grad(total))
     return lambda rows, segment_ids: whole(params, rows, segment_ids)
 
 

@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models.tiny_models import VOCAB, apply, assert_close, create, jit, tokens
+from models.tiny_models import VOCAB, apply, assert_close, create, tokens
 
 from cola_jax import rng
 from cola_jax.objectives import common, stage1
@@ -23,7 +23,7 @@ HALF_NOISY = dataclasses.replace(PLAIN, noisy_decoding=0.5)
 @functools.cache
 def compiled(stage, variational):
     model, _ = create({"variational": variational, "shift": 0.5, "scale": 2.0})
-    return jit(lambda params, batch, keys: stage1.terms(model, stage, params, batch, keys))
+    return jax.jit(lambda params, batch, keys: stage1.terms(model, stage, params, batch, keys))
 
 
 def terms(stage=PLAIN, variational=True, batch=BATCH, keys=KEYS):
@@ -147,6 +147,6 @@ def test_padding_inside_a_patch_is_reconstructed():
     np.testing.assert_array_equal(common.reconstructed(batch, 1), batch["segment_ids"])
     model, params = create({"patch_size": 2})
     stage = PLAIN
-    run = jit(lambda batch: stage1.terms(model, stage, params, batch, KEYS[:1])["reconstruction"].value[0])
+    run = jax.jit(lambda batch: stage1.terms(model, stage, params, batch, KEYS[:1])["reconstruction"].value[0])
     first, filling = (batch | {"tokens": batch["tokens"].at[0, i].set(9)} for i in (0, 7))
     assert float(run(batch)) != float(run(first)) and float(run(batch)) == float(run(filling))

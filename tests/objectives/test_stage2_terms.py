@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import VOCAB, apply, assert_close, create, jit, parameters, tokens
+from models.tiny_models import VOCAB, apply, assert_close, create, parameters, tokens
 
 from cola_jax import rng
 from cola_jax.objectives import stage2
@@ -25,7 +25,7 @@ BY_TIME = {f"flow_from_{low:g}" for low in stage2.TIME_BINS[:-1]}
 @functools.cache
 def compiled(stage):
     model, _ = create(dit=OPTIONS)
-    return jit(lambda params, batch, keys, reference: stage2.terms(model, stage, params, batch, keys, reference))
+    return jax.jit(lambda params, batch, keys, reference: stage2.terms(model, stage, params, batch, keys, reference))
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def test_the_terms_of_the_vae_reach_its_encoder():
         return jnp.stack([jnp.sum(out[name].value) for name in names])
 
     encoders = [params["params"]["vae"]["encoder"] for params in (own, other_parameters(model))]
-    encoder, reference = jit(jax.jacrev(sums, argnums=(0, 1)))(*encoders)
+    encoder, reference = jax.jit(jax.jacrev(sums, argnums=(0, 1)))(*encoders)
     for index, name in enumerate(names):
         assert any(np.any(leaf[index] != 0) for leaf in jax.tree.leaves(encoder)), name
         assert all(np.all(leaf[index] == 0) for leaf in jax.tree.leaves(reference)), name
@@ -152,7 +152,7 @@ def test_flow_matching_reaches_the_encoder_only_where_told(encoder_gradient):
         return jnp.sum(stage2.terms(model, stage, {"params": {"vae": vae, "dit": dit}}, BATCH, KEYS)["flow"].value)
 
     parts = (0, 1) if encoder_gradient else (0,)
-    vae, *dit = jit(jax.grad(loss, argnums=parts))(params["params"]["vae"], params["params"]["dit"])
+    vae, *dit = jax.jit(jax.grad(loss, argnums=parts))(params["params"]["vae"], params["params"]["dit"])
     for leaf in jax.tree.leaves(vae["decoder"]):
         np.testing.assert_array_equal(leaf, 0.0)
     for leaf in jax.tree.leaves(vae["encoder"]):

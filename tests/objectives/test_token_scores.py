@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import VOCAB, abstract, apply, assert_close, assert_trees_close, create, jit, normal, tokens
+from models.tiny_models import VOCAB, abstract, apply, assert_close, assert_trees_close, create, normal, tokens
 
 from cola_jax import families, rng
 from cola_jax.models import cola
@@ -25,7 +25,7 @@ def test_chunks_change_neither_values_nor_gradients(length, patch, chunk):
     segments = jnp.asarray(np.random.default_rng(length).integers(0, 3, (2, length)))
     weights = normal(2, length * patch, seed=3)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def evaluate(model, params, z):
         def total(params, z):
             scores = common.token_scores(model, params, z, targets, segments)

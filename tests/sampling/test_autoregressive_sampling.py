@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import tiny_autoregressive as tiny
-from models.tiny_models import VOCAB, quickly
+from models.tiny_models import VOCAB
 
 from cola_jax import sharding
 from cola_jax.config import TrainConfig
@@ -19,7 +19,7 @@ DRAWN = Settings(max_new_tokens=8, temperature=1.0, context=20)
 
 
 def generate(prompts, settings, key=KEY, seed=1, **options):
-    return quickly(autoregressive.generate, *tiny.create(seed=seed), prompts, settings, key, **options)
+    return autoregressive.generate(*tiny.create(seed=seed), prompts, settings, key, **options)
 
 
 def lists(out):
@@ -116,7 +116,7 @@ def test_a_stream_is_the_generation_token_by_token():
     eos = lists(generate(PROMPTS, DRAWN))[0][4]
     settings = Settings(max_new_tokens=8, temperature=1.0, repetition_penalty=1.3, eos_id=eos, context=20)
     expected = lists(generate(PROMPTS, settings))
-    pieces = quickly(lambda: list(autoregressive.stream(*tiny.create(), PROMPTS, settings, KEY)))
+    pieces = list(autoregressive.stream(*tiny.create(), PROMPTS, settings, KEY))
     assert all(len(row) <= 1 for piece in pieces for row in piece.tokens)
     assert [sum((piece.tokens[row] for piece in pieces), []) for row in range(4)] == expected
     assert len({len(row) for row in expected}) > 1
@@ -124,7 +124,7 @@ def test_a_stream_is_the_generation_token_by_token():
 
 def test_a_stream_ends_with_its_last_sequence():
     settings = Settings(max_new_tokens=8, context=20, eos_id=plain([1, 2, 3], Settings(max_new_tokens=1))[0])
-    pieces = quickly(lambda: list(autoregressive.stream(*tiny.create(), [[1, 2, 3]], settings)))
+    pieces = list(autoregressive.stream(*tiny.create(), [[1, 2, 3]], settings))
     assert [piece.tokens for piece in pieces] == [[[]]]
 
 
@@ -133,7 +133,7 @@ def test_batches_give_every_prompt_its_own_continuation():
     expected = list(enumerate(lists(generate(prompts, DRAWN))))
     for size in (3, 100):
         batches = autoregressive.generate_batches(*tiny.create(), prompts, DRAWN, KEY, batch_size=size)
-        assert quickly(list, batches) == expected
+        assert list(batches) == expected
 
 
 def test_fifty_prompt_lengths_need_one_program():
@@ -156,10 +156,10 @@ def test_without_a_context_programs_are_as_few_as_powers_of_two():
 def test_eight_devices_give_what_one_gives():
     """Sequences over data and fsdp, heads over tensor, parameters sharded as in training."""
     model, params = tiny.create(num_heads=2, vocab_size=32)
-    alone = quickly(autoregressive.generate, model, params, PROMPTS, DRAWN, KEY)
+    alone = autoregressive.generate(model, params, PROMPTS, DRAWN, KEY)
     mesh = sharding.make_mesh(TrainConfig(mesh_data=2, mesh_fsdp=2, mesh_tensor=2))
     placed = jax.device_put(params, sharding.shardings(tiny.boxed(model), mesh))
-    together = quickly(autoregressive.generate, model, placed, PROMPTS, DRAWN, KEY, mesh=mesh)
+    together = autoregressive.generate(model, placed, PROMPTS, DRAWN, KEY, mesh=mesh)
     assert len(together.tokens.sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, together, alone)
     with pytest.raises(UserError, match=r"prompts: 3 given, must be a multiple of 4"):
@@ -199,5 +199,5 @@ def test_padding_of_a_row_is_not_a_token():
     model, params = tiny.create()
     rows = autoregressive.Prompts(jnp.full((1, 12), 9, jnp.int32), jnp.zeros(1, jnp.int32))
     plan = autoregressive.Plan(model, Settings(max_new_tokens=8, context=20))
-    out = quickly(autoregressive.run, plan, params, rows, jax.random.split(KEY, 1))
+    out = autoregressive.run(plan, params, rows, jax.random.split(KEY, 1))
     assert lists(out) == [plain([], plan.settings)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, VOCAB, apply, assert_close, create, normal, quickly, tokens
+from models.tiny_models import BLOCK, VOCAB, apply, assert_close, create, normal, tokens
 
 from cola_jax import sampling
 from cola_jax.sampling import Settings, conditioning
@@ -45,7 +45,7 @@ def test_visible_padding_is_the_given_token():
 def fill(before, length, after, row=0, **changes):
     model, params = create()
     settings = Settings(**(vars(SETTINGS) | changes))
-    return quickly(sampling.infill, model, params, [(before, length, after)], settings, noise=NOISE[row : row + 1])
+    return sampling.infill(model, params, [(before, length, after)], settings, noise=NOISE[row : row + 1])
 
 
 def test_what_follows_a_gap_is_pinned_in_its_block():
@@ -70,7 +70,7 @@ def test_a_gap_at_the_end_is_a_continuation():
     model, params = create()
     out = fill(TEXT[:5], 6, [])
     settings = Settings(**(vars(SETTINGS) | {"max_new_tokens": 6}))
-    expected = quickly(sampling.generate, model, params, [TEXT[:5]], settings, noise=NOISE[:1])
+    expected = sampling.generate(model, params, [TEXT[:5]], settings, noise=NOISE[:1])
     np.testing.assert_array_equal(out.tokens, expected.tokens)
     assert_close(out.latents[:, :2], expected.latents[:, :2], 1e-5)
 
@@ -78,7 +78,7 @@ def test_a_gap_at_the_end_is_a_continuation():
 def change(strength, texts, seed=0, **changes):
     model, params = create()
     settings = Settings(**(vars(SETTINGS) | changes))
-    return quickly(sampling.edit, model, params, texts, settings, strength, jax.random.key(seed))
+    return sampling.edit(model, params, texts, settings, strength, jax.random.key(seed))
 
 
 def test_an_edit_leaves_from_the_text_itself():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, CHANNELS, VOCAB, apply, assert_close, create, normal, quickly, tokens
+from models.tiny_models import BLOCK, CHANNELS, VOCAB, apply, assert_close, create, normal, tokens
 
 from cola_jax import sampling
 from cola_jax.models import cola
@@ -70,7 +70,7 @@ def settings_of(name, **changes):
 def generated(name, settings, seed=None):
     model, params = create(*MODELS[name])
     key = None if seed is None else jax.random.key(seed)
-    return quickly(sampling.generate, model, params, prompts_of(name), settings, key, noise=NOISE)
+    return sampling.generate(model, params, prompts_of(name), settings, key, noise=NOISE)
 
 
 def reference(name, prompt, noise, settings, keys=None):
@@ -243,7 +243,7 @@ def test_batches_of_other_sizes_give_the_same(size):
     prompts, settings = prompts_of("patch2"), SETTINGS["patch2"]
     rows = [3, 0, 1, 2, 4, 4, 1, 3][:size]
     model, params = create(*MODELS["patch2"])
-    out = quickly(sampling.generate, model, params, [prompts[i] for i in rows], settings, noise=NOISE[jnp.array(rows)])
+    out = sampling.generate(model, params, [prompts[i] for i in rows], settings, noise=NOISE[jnp.array(rows)])
     together = generated("patch2", settings)
     np.testing.assert_array_equal(out.tokens, together.tokens[np.array(rows)])
     assert_close(out.latents, together.latents[np.array(rows)], 1e-5)
@@ -273,7 +273,7 @@ def test_a_second_batch_of_the_same_size_compiles_nothing():
     generated("patch1", SETTINGS["patch1"])
     before = blocks.run._cache_size()
     others = [[1, 2], [], [3] * 16, [4], [5] * 7]  # up to 4 blocks, as before up to 3
-    out = quickly(sampling.generate, model, params, others, SETTINGS["patch1"], noise=NOISE)
+    out = sampling.generate(model, params, others, SETTINGS["patch1"], noise=NOISE)
     assert blocks.run._cache_size() == before
     assert np.any(out.tokens != generated("patch1", SETTINGS["patch1"]).tokens)
 
@@ -281,7 +281,7 @@ def test_a_second_batch_of_the_same_size_compiles_nothing():
 def keyed(prompts, seed=0, sample_ids=None, **changes):
     model, params = create(*MODELS["patch1"])
     settings = settings_of("patch1", **{"temperature": 0.8, **changes})
-    return quickly(sampling.generate, model, params, prompts, settings, key=jax.random.key(seed), sample_ids=sample_ids)
+    return sampling.generate(model, params, prompts, settings, key=jax.random.key(seed), sample_ids=sample_ids)
 
 
 def test_a_sample_depends_on_its_key_and_id_alone():
@@ -312,7 +312,7 @@ def test_the_noise_of_a_key_given_as_noise_is_the_same():
     noise = keyed(prompts, prior="normal").latents[:, :3]
     assert 0.7 < np.std(noise[0]) < 1.3
     noise = jnp.concatenate([noise, NOISE[:, :1]], axis=1)
-    from_noise = quickly(sampling.generate, model, params, prompts, SETTINGS["patch1"], noise=noise)
+    from_noise = sampling.generate(model, params, prompts, SETTINGS["patch1"], noise=noise)
     from_key = keyed(prompts)
     for row, length in enumerate(LENGTHS["patch1"]):
         blocks = -(-(length % BLOCK + 7) // BLOCK)
@@ -365,12 +365,12 @@ def test_any_number_of_prompts(batch_size, conditioning):
     model, params = create(*MODELS["patch1"])
     prompts = [[int(token) for token in tokens(n, seed=n)] for n in (3, 0, 9, 1, 4, 5, 2)]
     settings = settings_of("patch1", temperature=0.8, conditioning=conditioning)
-    whole = np.asarray(quickly(sampling.generate, model, params, prompts, settings, jax.random.key(0)).tokens)
+    whole = np.asarray(sampling.generate(model, params, prompts, settings, jax.random.key(0)).tokens)
     settings = settings_of("patch1", temperature=0.8, conditioning=conditioning, eos_id=int(whole[2, 5]))
-    together = quickly(sampling.generate, model, params, prompts, settings, jax.random.key(0))
+    together = sampling.generate(model, params, prompts, settings, jax.random.key(0))
     assert len(set(np.asarray(together.lengths).tolist())) > 1
     run = functools.partial(sampling.generate_batches, model, params, prompts, settings, jax.random.key(0))
-    out = quickly(lambda: list(run(batch_size)))
+    out = list(run(batch_size))
     expected = [row[:length].tolist() for row, length in zip(*map(np.asarray, together[:2]), strict=True)]
     assert out == list(enumerate(expected))
 
@@ -387,7 +387,7 @@ def test_a_stream_is_the_generation_in_pieces():
     model, params = create(*MODELS["patch1"])
     prompts, settings = prompts_of("patch1"), settings_of("patch1", temperature=0.8)
     whole = keyed(prompts)
-    pieces = quickly(lambda: list(sampling.stream(model, params, prompts, settings, jax.random.key(0), estimates=True)))
+    pieces = list(sampling.stream(model, params, prompts, settings, jax.random.key(0), estimates=True))
     assert len(pieces) > 1 and len(pieces[0].tokens[0]) == BLOCK
     together = [sum((piece.tokens[row] for piece in pieces), []) for row in range(len(prompts))]
     assert together == whole.tokens.tolist()
@@ -398,7 +398,7 @@ def test_the_last_estimate_of_a_stream_is_near_the_end():
     """The last Euler step goes to where the velocity points: the estimate is the result."""
     model, params = create(*MODELS["patch1"])
     settings = settings_of("patch1", repetition_penalty=1.0, max_new_tokens=BLOCK)
-    piece = quickly(lambda: next(sampling.stream(model, params, [[], []], settings, jax.random.key(0), estimates=True)))
+    piece = next(sampling.stream(model, params, [[], []], settings, jax.random.key(0), estimates=True))
     assert piece.estimates[-1] == piece.tokens
     assert piece.estimates[0] != piece.tokens
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny_models import BLOCK, CHANNELS, apply, assert_close, create, normal, quickly
+from models.tiny_models import BLOCK, CHANNELS, apply, assert_close, create, normal
 
 from cola_jax import sampling
 from cola_jax.flow import solve
@@ -33,7 +33,7 @@ def test_an_edit_starts_on_the_path(name):
 
     def edit(noise, path):
         settings = dataclasses.replace(SETTINGS, path=path)
-        return quickly(sampling.edit, model, params, texts, settings, strength, noise=noise).latents[:, :2]
+        return sampling.edit(model, params, texts, settings, strength, noise=noise).latents[:, :2]
 
     found = edit(noise, name)
     assert_close(found, edit(same_start, "linear"), 1e-5)
@@ -48,14 +48,14 @@ def test_the_first_estimate_is_the_data_on_the_path(name):
     model, params = create()
     settings = dataclasses.replace(SETTINGS, path=name)
     key = jax.random.key(0)
-    noise = quickly(sampling.generate, model, params, [[]], dataclasses.replace(settings, prior="normal"), key).latents
+    noise = sampling.generate(model, params, [[]], dataclasses.replace(settings, prior="normal"), key).latents
     noise = noise[:, 0]
     v = apply(model, params, noise, jnp.ones(1), method="velocity")
     _, signal_slope, _, noise_slope = CURVES[name](1.0)
     data = jnp.asarray((noise_slope * np.asarray(noise) - np.asarray(v)) / -signal_slope, jnp.float32)
     expected = apply(model, params, data, method="decode").argmax(-1)
     stream = lambda: next(sampling.stream(model, params, [[]], settings, key, estimates=True))  # noqa: E731
-    np.testing.assert_array_equal(quickly(stream).estimates[0], expected)
+    np.testing.assert_array_equal(stream().estimates[0], expected)
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_what_only_integrates_does_not_depend_on_the_path():
     model, params = create()
     noise = normal(1, 1, BLOCK, CHANNELS)
     ends = [
-        quickly(sampling.generate, model, params, [[]], dataclasses.replace(SETTINGS, path=name), noise=noise).latents
+        sampling.generate(model, params, [[]], dataclasses.replace(SETTINGS, path=name), noise=noise).latents
         for name in PATHS
     ]
     for end in ends[1:]:

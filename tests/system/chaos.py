@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "train")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "train")]
 STEPS, REPORTS = 80, ("metrics.jsonl", "samples.jsonl")
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -250,9 +250,10 @@ def corruptions(place: Path, number: int, count: int, seed: int) -> None:
 
 def prepare() -> None:
     """Imports what the processes need once, in a server from which they are forked."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+    import environment
+
+    os.environ.update(environment.variables())
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHONPATH", "")])
     _CONTEXT.set_forkserver_preload(["toy_run", "cola_jax.train.loop", "cola_jax.train.distributed"])
 
 

@@ -8,14 +8,13 @@ the largest difference of a parameter at the end.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "train")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "train")]
 MESHES = [
     *[f"1x8:{mesh}" for mesh in ("8,1,1", "1,8,1", "1,1,8", "2,2,2")],
     *[f"2x2:{mesh}" for mesh in ("4,1,1", "1,4,1", "1,1,4", "1,2,2")],
@@ -29,6 +28,7 @@ REPORT = ["--config.train.log_every=1", "--config.train.num_samples=0", "--confi
 
 def train(workdir: Path, name: str) -> None:
     """One run; `name` as in MESHES."""
+    import environment
     import processes
 
     places, sizes = name.split(":")
@@ -36,15 +36,13 @@ def train(workdir: Path, name: str) -> None:
     mesh = [f"--config.train.mesh_{a}={n}" for a, n in zip(("data", "fsdp", "tensor"), sizes.split(","), strict=True)]
     command = [sys.executable, ROOT / "launch" / "train.py", "--config=tests/system/tiny.py", f"--workdir={workdir}"]
     command += [*SIZES, *REPORT, *mesh, f"--compilation_cache={workdir.parent / 'cache'}"]
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    env = environment.process(devices)
     port, started = processes.free_port(), []
     for index in range(count):
         several = [f"--coordinator=127.0.0.1:{port}", f"--process_count={count}", f"--process_id={index}"]
         with open(f"{workdir}.{index}.log", "w") as log:
             started.append(
-                subprocess.Popen(
-                    command + (several if count > 1 else []), cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
+                subprocess.Popen(command + (several if count > 1 else []), cwd=ROOT, env=env, stdout=log, stderr=log)
             )
     if any(processes.wait(started, 1200)):
         raise RuntimeError(Path(f"{workdir}.0.log").read_text()[-3000:])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import environment
 import jax
 import pytest
 
@@ -25,16 +25,9 @@ def cache(tmp_path_factory):
 
 
 def start(cache, binary, *arguments, devices: int = 1, **options) -> subprocess.Popen:
-    environment = dict(
-        os.environ,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
     command = [sys.executable, ROOT / "launch" / binary, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment.process(devices, cache), **pipes)
 
 
 def call(cache, binary, *arguments, stdin: str | None = None, status: int = 0, devices: int = 1) -> str:

@@ -15,10 +15,8 @@ def _compilation_cache(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import environment
+
 HERE = Path(__file__).parent
 
 
@@ -17,21 +19,13 @@ def free_port() -> int:
 
 def start(workdir, cache, *arguments, count: int = 1, devices: int = 1, only=None) -> list[subprocess.Popen]:
     """The processes of a run of the toy; ``only``: the ids of those that are started, None for all."""
-    environment = dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
+    env = environment.process(devices, cache, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parents[1])]))
     place, started = f"--coordinator=127.0.0.1:{free_port()}", []
     for index in range(count) if only is None else only:
         several = [place, f"--process_count={count}", f"--process_id={index}"] if count > 1 else []
         command = [sys.executable, HERE / "toy_run.py", f"--workdir={workdir}", *several, *map(str, arguments)]
         with open(f"{workdir}.{index}.log", "a") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     return started
 
 

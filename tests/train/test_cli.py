@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import environment
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -46,9 +47,9 @@ def place(tmp_path_factory):
 
 
 def call(place, *arguments):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
     command = [sys.executable, "binary.py", *arguments]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,9 @@ def test_huge_pages_restart_keeps_the_command(place):
         "    print(arguments, os.environ['GLIBC_TUNABLES'])\n"
         "cli.run(main, arguments=True, huge_pages=True)\n"
     )
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
+    env = dict(os.environ, PYTHONPATH=str(ROOT), GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
     command = [sys.executable, "long.py", "one", "two words"]
-    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
     expected = "glibc.malloc.tcache_count=7:glibc.malloc.hugetlb=1" if sys.platform == "linux" else ""
     assert result.stdout == f"['one', 'two words'] {expected}\n", result.stderr
 
@@ -108,7 +109,7 @@ def test_virtual_devices_have_threads_to_wait_in(place, devices, given, threads)
     (place / "main.py").write_text(
         "import os\nfrom cola_jax import cli\ncli.run(lambda: print(os.environ.get('NPROC')))\n"
     )
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), **({"NPROC": str(given)} if given else {}))
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    result = subprocess.run([sys.executable, "main.py"], cwd=place, env=environment, capture_output=True, text=True)
+    given = {"NPROC": str(given)} if given else {}
+    env = environment.process(devices, PYTHONPATH=str(ROOT), **given)
+    result = subprocess.run([sys.executable, "main.py"], cwd=place, env=env, capture_output=True, text=True)
     assert result.stdout == f"{threads}\n", result.stderr

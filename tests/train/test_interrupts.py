@@ -23,9 +23,9 @@ print("ended")
 
 
 def call(*arguments):
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), JAX_PLATFORMS="cpu")
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), JAX_PLATFORMS="cpu")
     command = [sys.executable, "-c", HANGS, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_watchdog_ends_what_hangs_and_nothing_else():

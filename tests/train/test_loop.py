@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import environment
 import jax
 import numpy as np
 import pytest
@@ -244,9 +245,9 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
         "    sys.exit(2)\n"
     )
     tests = Path(__file__).parent
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
     command = [sys.executable, "-c", code, tmp_path / "run"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 2, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) == 1 and str(tmp_path / "run") in result.stdout
     assert verified.step_directories(tmp_path / "run" / "stage2")[0] == 4
@@ -269,16 +270,10 @@ def test_a_single_stage(tmp_path, stages):
 
 def _start(workdir, cache):
     tests = Path(__file__).parent
-    environment = dict(
-        os.environ,
-        PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]),
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
+    env = environment.process(8, cache, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
     with open(workdir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
-            [sys.executable, tests / "toy_run.py", f"--workdir={workdir}"], env=environment, stdout=log, stderr=log
+            [sys.executable, tests / "toy_run.py", f"--workdir={workdir}"], env=env, stdout=log, stderr=log
         )
 
 
