@@ -23,7 +23,8 @@ _FREE_FIELDS = (
 def claim(config: Config, workdir: Path) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
-    These may differ: the mesh, how long a step may take, which checkpoints are kept, how the run is evaluated.
+    These may differ: the mesh, how long a step may take, which checkpoints are kept, how the run is evaluated. A run
+    that ended before it had anything but its config (a file of its data was missing, say) may begin with another.
 
     Raises:
       UserError: another config; names each field that differs. Nothing is touched. Or the directory cannot be
@@ -47,7 +48,8 @@ def read_config(workdir: Path) -> dict:
 
 def _claim(config: Config, workdir: Path) -> None:
     now = json.loads(json.dumps(configs.to_dict(config)))
-    if (workdir / "config.json").exists():
+    begun = any(path.name != "config.json" for path in workdir.glob("*"))
+    if (workdir / "config.json").exists() and (begun or jax.process_index() > 0):
         _check(read_config(workdir), now, workdir)
     elif jax.process_index() == 0:
         try:

@@ -16,7 +16,7 @@ import pytest
 import toy_run
 from test_step import same_bits
 
-from cola_jax.train import loop, saved, verified
+from cola_jax.train import loop, saved, verified, workdir
 from cola_jax.train.experiment import data_seed
 from cola_jax.train.interrupts import Interrupted
 from cola_jax.train.trainer import NonFiniteLoss
@@ -154,6 +154,17 @@ def test_other_config_is_refused(whole):
         train(whole[0], config=config)
     assert "\n" not in str(caught.value)
     assert before == sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
+
+
+def test_a_run_that_never_began_may_begin_with_another_config(tmp_path):
+    first = toy_run.settings()
+    other = dataclasses.replace(first, seed=5)
+    for config in (first, other):
+        workdir.claim(config, tmp_path)
+        assert workdir.read_config(tmp_path)["seed"] == config.seed
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(UserError, match="another config .*seed: 5 -> 0"):
+        workdir.claim(first, tmp_path)
 
 
 def test_other_data_is_refused(whole):
