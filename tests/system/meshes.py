@@ -22,12 +22,12 @@ MESHES = [
 ]
 # Eight heads, so that the tensor axis has what to divide.
 SIZES = ["--config.vae.dim=64", "--config.vae.num_heads=8", "--config.vae.ffn_dim=128", "--config.dit.dim=64"]
-SIZES += ["--config.dit.num_heads=8", "--config.stage1.steps=25", "--config.stage2.steps=25"]
-REPORT = ["--config.train.log_every=1", "--config.train.num_samples=0", "--config.train.checkpoint_every=25"]
+SIZES += ["--config.dit.num_heads=8"]
+REPORT = ["--config.train.log_every=1", "--config.train.num_samples=0"]
 
 
-def train(workdir: Path, name: str) -> None:
-    """One run; `name` as in MESHES."""
+def train(workdir: Path, name: str, steps: int = 25) -> None:
+    """One run of so many steps a stage; `name` as in MESHES."""
     import environment
     import processes
 
@@ -35,6 +35,7 @@ def train(workdir: Path, name: str) -> None:
     count, devices = (int(number) for number in places.split("x"))
     mesh = [f"--config.train.mesh_{a}={n}" for a, n in zip(("data", "fsdp", "tensor"), sizes.split(","), strict=True)]
     command = [sys.executable, ROOT / "launch" / "train.py", "--config=tests/system/tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{field}={steps}" for field in ("stage1.steps", "stage2.steps", "train.checkpoint_every")]
     command += [*SIZES, *REPORT, *mesh, f"--compilation_cache={workdir.parent / 'cache'}"]
     env = environment.process(devices)
     port, started = processes.free_port(), []

@@ -3,7 +3,6 @@
 import functools
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -179,27 +178,10 @@ def test_train_refuses_another_config(run, cache):
     assert (run[0] / "config.json").read_bytes() == before
 
 
-def test_one_device_and_eight_give_the_same_losses(cache, tmp_path):
-    """Over the first 20 steps of each stage, float32; stage 2 begins from the same end of stage 1."""
-    one, eight = tmp_path / "one", tmp_path / "eight"
-    quiet = ["--config.train.num_samples=0", "--config.train.log_every=1"]
-    mesh = ["--config.train.mesh_data=2", "--config.train.mesh_fsdp=2", "--config.train.mesh_tensor=2"]
-    train(cache, one, *quiet)
-    train(cache, eight, *quiet, *mesh, devices=8)
-    first = [losses(place, stage=1)[:20] for place in (one, eight)]
-    assert len(first[0]) == 20 and first[0] == pytest.approx(first[1], rel=1e-5)
-
-    shutil.rmtree(eight)
-    shutil.copytree(one, eight, ignore=shutil.ignore_patterns("stage2", "*.jsonl"))
-    train(cache, eight, *quiet, *mesh, devices=8)
-    second = [losses(place, stage=2)[:20] for place in (one, eight)]
-    assert len(second[0]) == 20 and second[0] == pytest.approx(second[1], rel=1e-5)
-
-
 def test_killed_runs_end_like_one_that_was_not(run, cache, tmp_path):
-    """SIGKILL three times in each stage, at random moments around checkpoints that are being written."""
+    """SIGKILL twice in each stage, at random moments around checkpoints that are being written."""
     workdir, draw, null = tmp_path / "killed", random.Random(0), subprocess.DEVNULL
-    for stage in ("stage1", "stage1", "stage1", "stage2", "stage2", "stage2"):
+    for stage in ("stage1", "stage1", "stage2", "stage2"):
         process = start(
             cache, "train.py", "--config=tests/system/tiny.py", f"--workdir={workdir}", stdout=null, stderr=null
         )
