@@ -79,7 +79,7 @@ def test_the_density_does_not_depend_on_the_coordinates_of_the_solver(path):
     with jax.enable_x64(True):
         field = gaussian.velocity(jnp.asarray(MEAN), jnp.asarray(COVARIANCE), path)
         free = jnp.array([True, False, True])
-        scales = (jnp.ones_like, lambda t: jnp.sqrt(0.3 * (1 - t) ** 2 + t**2))
+        scales = (jnp.ones_like, lambda t: jnp.sqrt(0.3 * (1 - t) ** 2 + 0.5 * t**2))
         plain, scaled = (
             jax.jit(lambda z, s=s: density.transport(field, z, FINE, free=free, scale=s))(jnp.asarray(Z[0]))
             for s in scales

@@ -39,7 +39,7 @@ def parse(lines, form=FORM):
 
 def score(tiny, asked, settings=SETTINGS, batch_size=4):
     scorer = requests.Scorer(*tiny, settings, KEY, FORM.context, batch_size)
-    return [line for some in list(scorer.score(asked)) for line in some]
+    return [line for some in scorer.score(asked) for line in some]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Most of the time of these tests is compilation: it is done without most optimizations, and once a session."""
+"""Most of the time of these tests is compilation: it is done once a session."""
 
 import jax
 import pytest

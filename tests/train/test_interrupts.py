@@ -2,7 +2,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 from cola_jax.train import devices, interrupts
@@ -40,7 +40,9 @@ def test_watchdog_ends_what_hangs_and_nothing_else():
 
 def test_no_watchdog_without_a_timeout():
     with interrupts.Watchdog(0.0):
-        time.sleep(0.1)
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+    with interrupts.Watchdog(60.0):
+        assert "watchdog" in {thread.name for thread in threading.enumerate()}
 
 
 def test_statuses():
