@@ -1,9 +1,9 @@
 """What a prepared corpus is: `manifest.json` beside its shards and its tokenizer.
 
-    DIR/manifest.json
-    DIR/tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face); bytes have none
-    DIR/train-00000.bin, .idx, ...       the documents that are trained on (`shards`)
-    DIR/holdout-00000.bin, .idx, ...     those that never are
+DIR/manifest.json
+DIR/tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face); bytes have none
+DIR/train-00000.bin, .idx, ...       the documents that are trained on (`shards`)
+DIR/holdout-00000.bin, .idx, ...     those that never are
 """
 
 import dataclasses

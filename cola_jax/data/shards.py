@@ -124,13 +124,15 @@ class Shard:
             expected = len(head) + 12 * sequences + 8 * documents
             if (size := path.stat().st_size) != expected:
                 raise UserError(f"{path}: has {size} bytes; must be {expected}, the file is damaged")
-            mapped = np.memmap(path, mode="r")
+            mapped = np.asarray(np.memmap(path, mode="r"))  # the base class is faster to slice
             at = len(head) + 4 * sequences
             pointers = mapped[at : at + 8 * sequences].view("<i8")
             firsts = mapped[at + 8 * sequences :].view("<i8")
             self.ids = self._map_ids(np.dtype(_CODES[code]))
         except OSError as error:
-            raise UserError(f"{error.filename or path}: {error.strerror}; must be a shard of a prepared corpus") from None
+            raise UserError(
+                f"{error.filename or path}: {error.strerror}; must be a shard of a prepared corpus"
+            ) from None
         self.itemsize = self.ids.dtype.itemsize
         one_each = documents == sequences + 1 and (not sequences or int(firsts[-2]) == sequences - 1)
         self.starts = pointers if one_each else pointers[np.asarray(firsts[:-1])]
@@ -144,7 +146,7 @@ class Shard:
         if path.stat().st_size % dtype.itemsize:
             raise UserError(f"{path}: has {path.stat().st_size} bytes; must be a multiple of {dtype.itemsize}")
         # An empty file cannot be mapped.
-        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+        return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         """Documents."""
