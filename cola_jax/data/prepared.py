@@ -23,7 +23,7 @@ from cola_jax.types import UserError
 _HASHED = 2**30  # bytes of shards whose hash is compared when they are opened; `inspect_data --verify` reads them all
 
 
-class Stream:
+class Stream(collections.abc.Sequence):
     """The documents of some shards, laid end to end; can be pickled.
 
     Attributes:
