@@ -6,8 +6,6 @@ A row is a dict of int32 arrays of shape [T]:
 * ``segment_ids``: 1, 2, ... for the documents of the row in their order, 0 for padding.
 """
 
-from collections.abc import Iterable
-
 import grain
 import numpy as np
 
@@ -25,18 +23,6 @@ def document_tokens(text: str, tokenizer: Tokenizer, align: int) -> np.ndarray:
 def ended(ids: list[int], eos_id: int, align: int) -> list[int]:
     """The ids of a text with ends of text behind them, from 1 to ``align``, up to a multiple of ``align``."""
     return ids + [eos_id] * (align - len(ids) % align)
-
-
-def _row(pieces: Iterable[np.ndarray], length: int, pad_id: int) -> Row:
-    """A row of the given pieces of documents, at most ``length`` tokens together, padded behind."""
-    row = empty_row(length, pad_id)
-    start = 0
-    for segment, piece in enumerate(pieces, 1):
-        stop = start + len(piece)
-        row["tokens"][start:stop] = piece
-        row["segment_ids"][start:stop] = segment
-        start = stop
-    return row
 
 
 def row_of(ids: np.ndarray, lengths: list[int], length: int, pad_id: int) -> Row:
@@ -57,8 +43,10 @@ def empty_row(length: int, pad_id: int) -> Row:
 
 def pad_row(document: np.ndarray, length: int, pad_id: int, offset: int = 0) -> Row:
     """One document as one row: the head of a longer one, a shorter one padded; ``offset`` tokens of padding before."""
-    row = _row([document[: length - offset]], length, pad_id)  # its last tokens are padding that rolls to the front
-    return {name: np.roll(values, offset) for name, values in row.items()}
+    row, stop = empty_row(length, pad_id), min(length, offset + len(document))
+    row["tokens"][offset:stop] = document[: stop - offset]
+    row["segment_ids"][offset:stop] = 1
+    return row
 
 
 def pad_row_anywhere(document: np.ndarray, generator: np.random.Generator, length: int, pad_id: int, most: int) -> Row:
@@ -105,7 +93,7 @@ class _ConcatIterator(grain.DatasetIterator):
             free -= len(piece)
         if not pieces:
             raise StopIteration
-        return _row(pieces, self._length, self._pad_id)
+        return row_of(np.concatenate(pieces), [len(piece) for piece in pieces], self._length, self._pad_id)
 
     def get_state(self) -> dict:
         return {"parent": self._before_document, "used": self._used}

@@ -13,7 +13,7 @@ import atexit
 import functools
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -37,16 +37,17 @@ def _small(seed: int) -> int:
 
 
 class _Sized:
-    """What can be read at every index, with a length, as Grain wants it."""
+    """``function`` of what a source has at every index, and a length."""
 
-    def __init__(self, source, size: int):
-        self._source, self._size = source, size
+    def __init__(self, source, size: int, function: Callable | None = None):
+        self._source, self._size, self._function = source, size, function
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int):
-        return self._source[index]
+        found = self._source[index]
+        return found if self._function is None else self._function(found)
 
 
 class _Mixed:
@@ -134,8 +135,8 @@ def _prepared_rows(config: DataConfig, tokenizer: Tokenizer, split: corpora.Spli
     return _Mixed(mixture.Selection(phases, config.batch_size), sources), _ENDLESS
 
 
-def _indexed(config: DataConfig, tokenizer: Tokenizer, split: corpora.Split, seed: int) -> grain.MapDataset | None:
-    """Rows by index; None where they cannot be found so."""
+def _indexed(config: DataConfig, tokenizer: Tokenizer, split: corpora.Split, seed: int):
+    """Rows by index, with a length; None where they cannot be found so."""
     length, pad_id, most = config.sequence_length, tokenizer.pad_id, config.random_offset
     if config.corpus == "prepared":
         source, size = _prepared_rows(config, tokenizer, split, seed)
@@ -146,14 +147,14 @@ def _indexed(config: DataConfig, tokenizer: Tokenizer, split: corpora.Split, see
         size = _ENDLESS if split == "train" else len(documents)
     else:
         return None
-    dataset = grain.MapDataset.source(_Sized(source, size))
-    if config.packing != "pad":
+    if not most:  # plain Python: Grain's own steps cost more than a short row
+        pad = functools.partial(packing.pad_row, length=length, pad_id=pad_id)
+        return _Sized(source, size, pad if config.packing == "pad" else None)
+    if config.packing == "pad":
+        place = functools.partial(packing.pad_row_anywhere, length=length, pad_id=pad_id, most=most)
+    else:
         place = functools.partial(packing.place_row, pad_id=pad_id, most=most)
-        return dataset.random_map(place, seed=_small(seed)) if most else dataset
-    if most:
-        pad = functools.partial(packing.pad_row_anywhere, length=length, pad_id=pad_id, most=most)
-        return dataset.random_map(pad, seed=_small(seed))
-    return dataset.map(functools.partial(packing.pad_row, length=length, pad_id=pad_id))
+    return grain.MapDataset.source(_Sized(source, size)).random_map(place, seed=_small(seed))
 
 
 def _stack(found: Sequence[packing.Row], filler: packing.Row, count: int) -> packing.Row:
@@ -165,7 +166,7 @@ def _stack(found: Sequence[packing.Row], filler: packing.Row, count: int) -> pac
 class _Batches:
     """Batches by index, from one on; of each the rows that are wanted."""
 
-    def __init__(self, dataset: grain.MapDataset, batch_size: int, wanted: np.ndarray, filler: packing.Row, first: int):
+    def __init__(self, dataset, batch_size: int, wanted: np.ndarray, filler: packing.Row, first: int):
         self._dataset, self._batch_size, self._filler, self._first = dataset, batch_size, filler, first
         self._wanted = [int(row) for row in wanted]
 
@@ -214,7 +215,7 @@ class _IndexedIterator(grain.DatasetIterator):
 class _IndexedDataset(grain.IterDataset):
     """Batches of rows that are found by index."""
 
-    def __init__(self, rows_by_index: grain.MapDataset, batch_size: int, wanted, filler: packing.Row, workers: int):
+    def __init__(self, rows_by_index, batch_size: int, wanted, filler: packing.Row, workers: int):
         super().__init__()
         self._arguments = rows_by_index, batch_size, wanted, filler
         self._workers = workers

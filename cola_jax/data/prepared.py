@@ -7,6 +7,7 @@ what its tokens cost, so nothing depends on the size of the corpus.
 import bisect
 import collections.abc
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Literal
@@ -63,10 +64,11 @@ class Stream(collections.abc.Sequence):
         for shard, a, b in self._cut(start, stop):
             scale = shard.itemsize
             # Documents that begin behind a and before b.
-            low = np.searchsorted(shard.starts, a * scale, side="right")
-            high = np.searchsorted(shard.starts, b * scale, side="left")
+            # Not searchsorted: numbers in the file need not be aligned, and numpy would copy all of them each time.
+            low = bisect.bisect_right(shard.starts, a * scale)
+            high = bisect.bisect_left(shard.starts, b * scale, lo=low)
             edges = [a, *(shard.starts[low:high] // scale).tolist(), b]
-            lengths += [n for n in np.diff(edges).tolist() if n]
+            lengths += [y - x for x, y in itertools.pairwise(edges) if y > x]
         return lengths
 
     def _cut(self, start: int, stop: int):
