@@ -1,6 +1,6 @@
 """The paper's recipe at about 100M parameters: a first run on one accelerator, or on one node in hours.
 
-python launch/train.py --config=configs/paper_100m.py --config.data.files='corpus/*.txt'
+python launch/train.py --config=configs/paper_100m.py --config.data.files=data/web
 python launch/train.py --config=configs/paper_100m.py --plan=v5e:2x2
 
 93M parameters; not trained here. docs/scaling.md explains plans and slices.

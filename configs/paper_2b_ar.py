@@ -1,6 +1,6 @@
 """The paper's autoregressive baseline (Table 9): 27 layers, 1.81B in the layers and 0.41B in the embeddings.
 
-    python launch/train.py --config=configs/paper_2b_ar.py --config.data.files='corpus/*.txt'
+    python launch/train.py --config=configs/paper_2b_ar.py --config.data.files=data/web
     python launch/train.py --config=configs/paper_2b_ar.py --plan=v5e:4x4
 
 Data, batch, optimizer, schedule and seeds are those of paper_2b (Table 10). Not trained here; the tests check its size.

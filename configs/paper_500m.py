@@ -1,6 +1,6 @@
 """The paper's recipe at about 500M parameters, between `paper_100m` and `paper_2b`.
 
-python launch/train.py --config=configs/paper_500m.py --config.data.files='corpus/*.txt'
+python launch/train.py --config=configs/paper_500m.py --config.data.files=data/web
 python launch/train.py --config=configs/paper_500m.py --plan=v5e:4x4
 
 477M parameters; not trained here. docs/scaling.md explains plans and slices.

@@ -1,6 +1,6 @@
 """The autoregressive baseline of paper_500m: same data, batch, optimizer and schedule, as many parameters.
 
-    python launch/train.py --config=configs/paper_500m_ar.py --config.data.files='corpus/*.txt'
+    python launch/train.py --config=configs/paper_500m_ar.py --config.data.files=data/web
 
 Not trained here.
 """

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from cola_jax.config import DataConfig, StoriesConfig
-from cola_jax.data import corpora
+from cola_jax.data import corpora, tfds_records
 from cola_jax.types import UserError
 
 # Few enough stories that many of them occur several times among a few hundred.
@@ -173,3 +173,71 @@ def test_files_that_are_not_utf8(tmp_path):
 def test_an_unknown_split_is_refused():
     with pytest.raises(Exception, match="test"):
         corpora.documents(_stories(), "test", 0)
+
+
+def test_text_stays_in_its_files_and_a_changed_file_is_noticed(tmp_path):
+    texts = _write(tmp_path, "a.txt", 50)
+    documents = corpora.documents(_text(tmp_path / "a.txt"), "train", 0)
+    assert pickle.loads(pickle.dumps(documents))[3] == documents[3]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts).replace("two", "TWO"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.txt: has changed while it was read"):
+        documents[3]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.txt: No such file"):
+        documents[3]
+
+
+def test_a_file_is_described_as_it_was_scanned(tmp_path):
+    _write(tmp_path, "a.txt", 50)
+    before = corpora.describe(_text(tmp_path / "a.txt"), 0)
+    _write(tmp_path, "a.txt", 51)
+    after = corpora.describe(_text(tmp_path / "a.txt"), 0)
+    assert before["files"] != after["files"] and "sha256" in after["files"][0]
+
+
+class _Source:
+    """A source of TFDS: records are dicts with bytes."""
+
+    def __init__(self, texts: list[str], field: str = "text"):
+        self._records = [{field: text.encode(), "id": i} for i, text in enumerate(texts)]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._records[index]
+
+
+def _tfds(**changes) -> DataConfig:
+    return DataConfig(corpus="tfds", files="some", holdout=0.2, **changes)
+
+
+@pytest.fixture
+def tfds_texts(monkeypatch):
+    texts = [f"record {i}" for i in range(300)]
+    monkeypatch.setattr(tfds_records, "open_source", lambda name, split: _Source(texts))
+    tfds_records.scan.cache_clear()
+    yield texts
+    tfds_records.scan.cache_clear()
+
+
+def test_records_of_tfds_are_documents(tfds_texts):
+    train, holdout = _both(_tfds())
+    assert sorted(train + holdout) == sorted(tfds_texts) and 30 < len(holdout) < 90
+    assert "300 records, sha256" in corpora.describe(_tfds(), 0)["records"]
+    with pytest.raises(UserError, match=r"config\.data\.text_field = 'body': some train has 'text', 'id'; must be"):
+        corpora.documents(_tfds(text_field="body"), "train", 0)
+
+
+def test_a_prepared_data_set_of_tfds_is_read_without_tensorflow():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=20):
+        tfds_records.scan.cache_clear()
+        train, holdout = _both(DataConfig(corpus="tfds", files="lm1b", holdout=0.3))
+    tfds_records.scan.cache_clear()
+    assert len(train) + len(holdout) == 20 and all(isinstance(text, str) and text for text in train)
+
+
+def test_an_unknown_data_set_is_a_user_error():
+    with pytest.raises(UserError, match=r"files = 'no_such_set', tfds_split = 'train': must be a data set"):
+        corpora.documents(DataConfig(corpus="tfds", files="no_such_set"), "train", 0)
