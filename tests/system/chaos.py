@@ -6,7 +6,7 @@ A run that was killed, or stopped by SIGTERM at one of its processes, ends like 
 optimizer, moving average and position in the data by their hashes, metrics and samples byte by byte. SIGTERM saves
 within a few steps, in all processes. A damaged newest checkpoint is reported, and the one before is restored bit for
 bit. The toy (tests/train) stands for the model, because a start of the real program takes longer than its steps; loop,
-checkpoints, metrics and processes are the real ones. Prints counts; any failure is an exception.
+checkpoints, metrics, processes and prepared data are the real ones. Prints counts; any failure is an exception.
 """
 
 import multiprocessing
@@ -55,7 +55,8 @@ def _train(workdir: Path, index: int, count: int, port: int) -> None:
 
     config = _settings(count)
     try:
-        loop.train(config, workdir, toy_run.experiment(config), toy_run.sampler)
+        data = workdir.parent / "data"
+        loop.train(config, workdir, toy_run.prepared_experiment(config, data), toy_run.sampler)
     except interrupts.Interrupted as error:
         sys.exit(error.status)
 
@@ -257,6 +258,13 @@ def prepare() -> None:
     _CONTEXT.set_forkserver_preload(["toy_run", "cola_jax.train.loop", "cola_jax.train.distributed"])
 
 
+def write_data(place: Path) -> None:
+    import toy_run
+
+    if not (place / "data").exists():
+        toy_run.write_corpus(place / "data")
+
+
 def main(argv: list[str]) -> None:
     from absl import flags
 
@@ -270,6 +278,7 @@ def main(argv: list[str]) -> None:
     prepare()
     place, started = Path(workdir.value).absolute(), time.monotonic()
     place.mkdir(parents=True, exist_ok=True)
+    write_data(place)
     numbers = list(map(int, counts.value))
     for position, count in enumerate(numbers):
         share = kill_count.value if len(numbers) == 1 else kill_count.value * (3 if position == 0 else 1) // 4
