@@ -19,7 +19,7 @@ from cola_jax import families, runs
 from cola_jax.cli_settings import config_help
 from cola_jax.config import Config
 from cola_jax.train import distributed, interrupts, trainer
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 flags.disclaim_key_flags()  # they are those of the binary that asks for them, and its --help lists them
 
@@ -116,7 +116,17 @@ def _parse_error(error: Exception, argv: list[str]) -> str:
 
 def _fail(message: str, status: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if status == interrupts.RESTART and jax.distributed.is_initialized():
+        os._exit(status)  # an orderly end would wait for the other processes, which wait for this one
     sys.exit(status)
+
+
+def _fail_of(error: Exception) -> None:
+    """Ends the process with the line of an error and the status that tells whether another start may mend it."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else text
+    _fail(text, interrupts.RESTART if interrupts.is_temporary(error) else interrupts.BAD_INPUT)
 
 
 def _parse(argv: list[str], arguments: bool) -> list[str]:
@@ -149,7 +159,10 @@ def _use_huge_pages() -> None:
 
 
 def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = False) -> None:
-    """Parses the flags, runs ``main`` and exits; `UserError` becomes ``error: ...`` and status 2.
+    """Parses the flags, runs ``main`` and exits; an error becomes one line, ``error: ...``, and a status.
+
+    The status of a `UserError` is 2, of a `TemporaryError` 75; also 75 where a failing disk or network was behind a
+    `UserError` or `OSError` (`interrupts.is_temporary`).
 
     Args:
       main: called without arguments, or with the list of those that are no flags.
@@ -164,14 +177,16 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
         _quiet()
         try:
             main(*([argv[1:]] if arguments else []))
-        except UserError as error:
-            _fail(str(error), interrupts.BAD_INPUT)
+        except (UserError, TemporaryError) as error:
+            _fail_of(error)
         except trainer.NonFiniteLoss as error:
             _fail(str(error), interrupts.DIVERGED)
         except interrupts.Interrupted as error:
             print(str(error), flush=True)
             sys.exit(error.status)
         except Exception as error:
+            if isinstance(error, OSError) and interrupts.is_temporary(error):
+                _fail_of(error)
             if not distributed.is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]

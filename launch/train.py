@@ -7,8 +7,8 @@ The same command resumes a run that was stopped. Everything is kept in --workdir
 slice or node) it only compiles the run's steps for such devices and reports memory, FLOPs and tokens per second.
 
 On TPU VMs and in SLURM steps every process of the run finds the others; elsewhere --coordinator=host:port
---process_count=N --process_id=I. Exit status: 0 done, 2 bad input, 3 diverged, 75 stopped and saved, or another process
-lost: start again, 76 hung.
+--process_count=N --process_id=I. Exit status: 0 done, 2 bad input, 3 diverged, 75 stopped and saved, or a disk, the
+network or another process failed: start again, 76 hung.
 """
 
 import functools

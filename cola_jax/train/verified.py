@@ -4,6 +4,7 @@ Orbax has no checksums over arrays: one flipped bit would load silently. The has
 mesh; the checksums cover what the arrays do not need, such as Orbax's own descriptions.
 """
 
+import errno
 import gc
 import json
 import os
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cola_jax.train import distributed
-from cola_jax.types import UserError
+from cola_jax.train import distributed, interrupts
+from cola_jax.types import TemporaryError, UserError
 
 _FILES = "files.json"
 # Larger files hold arrays, which have hashes: reading them once more would double the time of a restore.
@@ -96,6 +97,8 @@ def newest_valid(
 
     Raises:
       UserError: the processes do not see the same steps; or from ``load``.
+      TemporaryError: a step could not be read now, which says nothing of its files (`interrupts.is_temporary`; an
+        input/output error may be a bad sector, which stays, so that it counts as damage).
     """
     steps = step_directories(directory) if steps is None else steps
     if not distributed.same(steps):
@@ -105,19 +108,23 @@ def newest_valid(
     sys.unraisablehook = lambda _: None
     try:
         for step in steps:
-            found, failure = None, None
+            found, failure, away = None, None, None
             try:
                 found = load(directory / str(step))
             except UserError:
                 raise
             except Exception as error:  # a damaged file raises whatever its reader raises
                 failure = one_line(error)
+                if interrupts.is_temporary(error, but=(errno.EIO,)):
+                    away = TemporaryError(f"checkpoint {directory / str(step)}: cannot be read now: {failure}")
             if distributed.all_true(failure is None):
                 failure = verify(found)
                 if failure is None:
                     return step, found
             del found
             gc.collect()
+            if away is not None:
+                raise away
             failure = failure or "another process cannot read it"
             report(f"checkpoint {directory / str(step)} is damaged and not used: {failure}")
         return None

@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 import shutil
 
 import jax
@@ -12,7 +14,7 @@ from cola_jax.config import TrainConfig
 from cola_jax.train import checkpoint as checkpoints
 from cola_jax.train import saved, verified
 from cola_jax.train.state import evaluation_params
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 WITH_EMA = dataclasses.replace(OPTIMIZER, ema=0.9)
 
@@ -105,6 +107,29 @@ def test_damaged_newest_step_is_passed_over(toy, tmp_path, item, damage):
     assert (tmp_path / "rejected" / "2-1").is_dir()
     save(manager, state, 2)  # the run comes by here again
     assert manager.restore(target)[0] == 2
+    manager.close()
+
+
+@pytest.mark.parametrize("number, restored", [(errno.ESTALE, None), (errno.ETIMEDOUT, None), (errno.EIO, 1)])
+def test_a_step_that_cannot_be_read_now_is_not_set_aside(toy, tmp_path, monkeypatch, number, restored):
+    """A file server that was away would else cost the newest step; a bad sector stays bad."""
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3, report=lambda line: None)
+    save(manager, state, 1, 2)
+    read = verified.read_meta
+
+    def fail(path):
+        if path.name == "2":
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(verified, "read_meta", fail)
+    if restored is None:
+        with pytest.raises(TemporaryError, match=f"2: cannot be read now: .*{os.strerror(number)}"):
+            manager.restore(target)
+    else:
+        assert manager.restore(target)[0] == restored
+    assert (tmp_path / "rejected").exists() == (restored is not None)
     manager.close()
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import fnmatch
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import environment
@@ -18,11 +20,11 @@ import toy_run
 from test_step import same_bits
 
 from cola_jax import families, fields
-from cola_jax.train import loop, saved, verified, workdir
+from cola_jax.train import checkpoint, loop, reports, saved, verified, workdir
 from cola_jax.train.experiment import data_seed
 from cola_jax.train.interrupts import Interrupted
 from cola_jax.train.trainer import NonFiniteLoss
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 OPTIMIZERS = ("optimizer1", "optimizer2")
 REPORTS = ("metrics.jsonl", "samples.jsonl")
@@ -321,27 +323,72 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import toy_run\n"
         "from cola_jax.train import checkpoint, loop\n"
-        "from cola_jax.types import UserError\n"
+        "from cola_jax.types import TemporaryError\n"
         "def log(line):\n"
         "    if 'stage 2  step 6/' in line:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
         "config = toy_run.settings()\n"
         "try:\n"
         "    loop.train(config, sys.argv[1], toy_run.experiment(config), toy_run.sampler, log)\n"
-        "except UserError as error:\n"
+        "except TemporaryError as error:\n"
         "    print(error)\n"
-        "    sys.exit(2)\n"
+        "    sys.exit(75)\n"
     )
     tests = Path(__file__).parent
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
     command = [sys.executable, "-c", code, tmp_path / "run"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 2, result.stderr[-2000:]
+    assert result.returncode == 75, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) == 1 and str(tmp_path / "run") in result.stdout
     assert verified.step_directories(tmp_path / "run" / "stage2")[0] == 4
     lines = []
     state = train(tmp_path / "run", lines.append)
     assert any("resumed at step 4" in line for line in lines) and int(state.step) == int(whole[1].step)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("where", ["checkpoint", "metrics", "data"])
+def test_what_fails_outside_the_run_may_be_started_again(whole, tmp_path, monkeypatch, where, number):
+    """A save, a file of the run or the corpus cannot be written or read: not the user's fault, and nothing is lost."""
+    config, broken = toy_run.settings(), OSError(number, os.strerror(number), "/mnt/shared/file")
+    experiment = toy_run.experiment(config)
+
+    def fail(*_, **__):
+        raise broken
+
+    def read(split, seed):
+        try:
+            fail()
+        except OSError as error:
+            raise UserError(f"/mnt/shared/file: {error.strerror}; must be a readable file") from None
+
+    if where == "checkpoint":
+        monkeypatch.setattr(checkpoint.Checkpoints, "_make_manager", lambda self: types.SimpleNamespace(save=fail))
+        monkeypatch.setattr(checkpoint.Checkpoints, "close", lambda self: None)
+    elif where == "metrics":
+        monkeypatch.setattr(reports.Writer, "flush", fail)
+    else:
+        experiment = dataclasses.replace(experiment, dataset=read)
+    with pytest.raises(TemporaryError) as caught:
+        loop.train(config, tmp_path / "run", experiment, toy_run.sampler, lambda line: None)
+    message = str(caught.value)
+    assert os.strerror(number) in message and "\n" not in message
+    monkeypatch.undo()
+    if number == errno.ESTALE:
+        assert same_bits(train(tmp_path / "run"), whole[1])
+
+
+def test_a_missing_file_of_the_data_is_for_the_user(tmp_path):
+    def read(split, seed):
+        try:
+            open(tmp_path / "none")
+        except OSError as error:
+            raise UserError(f"none: {error.strerror}") from error
+
+    config = toy_run.settings()
+    experiment = dataclasses.replace(toy_run.experiment(config), dataset=read)
+    with pytest.raises(UserError, match="none: No such file"):
+        loop.train(config, tmp_path / "run", experiment, None, lambda line: None)
 
 
 @pytest.mark.parametrize("stages", [(12, 0), (0, 12)])
