@@ -13,8 +13,8 @@ from cola_jax.config import Config
 from cola_jax.train import distributed, reports
 from cola_jax.types import UserError
 
-# How a run is computed, watched, kept and evaluated: these may change from one start to the next, so that a run can move
-# to other devices. All of them leave what is computed as it is, but for rounding.
+# How a run is computed, watched, kept and evaluated: these may change from one start to the next, so that a run can
+# move to other devices. All of them leave what is computed as it is, but for rounding.
 _FREE_FIELDS = (
     # where: the mesh, and what it divides
     *(f"train.mesh_{axis}" for axis in configs.MESH_AXES),
@@ -25,7 +25,7 @@ _FREE_FIELDS = (
     *("train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples"),
     *("train.peak_flops", "train.hang_timeout"),
     # what is saved and kept
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.milestone_*"),
+    *("train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.milestone_*"),
     # how texts are generated and judged
     *("sample.*", "evaluation.*"),
 )
@@ -39,9 +39,9 @@ def is_free(name: str) -> bool:
 def claim(config: Config, workdir: Path) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
-    These may differ: the devices and how they are used (mesh, accumulation, what is computed again, kernels), how often
-    something is logged, evaluated and saved, what is kept, how the run is evaluated (`is_free`). A run that ended before
-    it had anything but its config (a file of its data was missing, say) may begin with another.
+    These may differ (`is_free`): the devices and how they are used (mesh, accumulation, what is computed again,
+    kernels), how often something is logged, evaluated and saved, what is kept, how the run is evaluated. A run that
+    ended before it had anything but its config (a file of its data was missing, say) may begin with another.
 
     Raises:
       UserError: another config; names each field that differs. Nothing is touched. Or the directory cannot be
@@ -65,7 +65,7 @@ def read_config(workdir: Path) -> dict:
 
 def _claim(config: Config, workdir: Path) -> None:
     now = json.loads(json.dumps(configs.to_dict(config)))
-    begun = any(path.name != "config.json" for path in workdir.glob("*"))
+    begun = any(path.name not in ("config.json", "starts.jsonl") for path in workdir.glob("*"))
     if (workdir / "config.json").exists() and (begun or jax.process_index() > 0):
         _check(read_config(workdir), now, workdir)
     elif jax.process_index() == 0:
