@@ -32,8 +32,14 @@ class StoriesConfig:
 class DataConfig:
     """Text, tokenizer, and how documents become rows of ``sequence_length`` tokens."""
 
-    corpus: str = setting("stories", "where documents come from", choices=("stories", "text"))
-    files: str = setting("", "corpus 'text': a file or a glob of UTF-8 files")
+    corpus: str = setting("stories", "where documents come from", choices=("stories", "text", "tfds", "prepared"))
+    files: str = setting(
+        "",
+        "'text': a file or a glob of UTF-8 files; 'tfds': name of a data set; 'prepared': DIR or DIR=SHARE,... of "
+        "launch/prepare.py, and with '; STEP: DIR=SHARE,...' other shares from a step on",
+    )
+    tfds_split: str = setting("train", "corpus 'tfds': split that is read")
+    text_field: str = setting("text", "corpus 'tfds': field that holds the text")
     document_separator: str = setting(
         "\n\n", "corpus 'text': what divides a file into documents; '': one document a file"
     )
@@ -46,10 +52,17 @@ class DataConfig:
     )
     sequence_length: int = setting(64, "tokens of a row, T", at_least=1)
     packing: str = setting(
-        "concat", "rows are full and cut documents at their ends, or have one document each", choices=("concat", "pad")
+        "concat",
+        "rows are full and cut documents at their ends; have one document each; or hold whole documents (prepared)",
+        choices=("concat", "pad", "best_fit"),
+    )
+    shuffle: str = setting(
+        "documents",
+        "packing 'concat', corpus 'prepared': what is shuffled; 'rows' keeps neighbours together and needs no memory",
+        choices=("documents", "rows"),
     )
     random_offset: int = setting(
-        0, "packing 'pad': most tokens of padding before a document; P - 1 shows all parities", at_least=0
+        0, "most tokens of padding before the text of a row; P - 1 shows all parities", at_least=0
     )
     align: int = setting(1, "each document is filled up with end-of-text to a multiple of so many tokens", at_least=1)
     holdout: float = setting(0.02, "share of the documents that is never trained on", above=0, below=1)
@@ -60,9 +73,16 @@ class DataConfig:
     seed: int | None = setting(None, "of the order of the data and of the stories; None: the run's seed", at_least=0)
 
     def check_together(self, prefix: str) -> None:
-        require(self.corpus != "text" or bool(self.files), f"{prefix}files", "", "a file or a glob (corpus = 'text')")
-        padded = self.packing == "pad"
-        require(padded or not self.random_offset, f"{prefix}random_offset", self.random_offset, "0 unless 'pad' packs")
+        needs = {"text": "a file or a glob", "tfds": "a name of a data set", "prepared": "a directory"}
+        named = self.corpus not in needs or bool(self.files)
+        require(named, f"{prefix}files", "", f"{needs.get(self.corpus)} (corpus = {self.corpus!r})")
+        prepared = self.corpus == "prepared"
+        require(prepared or self.packing != "best_fit", f"{prefix}packing", self.packing, "'concat' or 'pad' online")
+        by_rows = self.shuffle == "rows"
+        need = "'documents' unless corpus = 'prepared' and packing = 'concat'"
+        require(not by_rows or (prepared and self.packing == "concat"), f"{prefix}shuffle", self.shuffle, need)
+        need = f"below data.sequence_length = {self.sequence_length}"
+        require(self.random_offset < self.sequence_length, f"{prefix}random_offset", self.random_offset, need)
         need = f"a divisor of data.sequence_length = {self.sequence_length}"
         require(self.sequence_length % self.align == 0, f"{prefix}align", self.align, need)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from cola_jax import families, release
 from cola_jax.config import Config, DataConfig
-from cola_jax.data import tokenizers
+from cola_jax.data import run_tokenizer, tokenizers
 from cola_jax.families import cola
 from cola_jax.families.interface import Family
 from cola_jax.train import saved
@@ -64,7 +64,7 @@ def load(
         file = Path(config.data.tokenizer_path or file.parent / release.TOKENIZER)
         opened = _open_tokenizer(file, config.data)
     else:
-        opened = tokenizers.create(config.data, file)
+        opened = run_tokenizer.create(config.data, file)
     if found.tokenizer and f"{opened.name} {opened.fingerprint}" != found.tokenizer:
         raise UserError(f"{file}: not the tokenizer that the checkpoint {path} was trained with (its hash differs)")
     config = family.resolve(config, opened.vocab_size)
@@ -100,7 +100,7 @@ def _data(config: DataConfig, tokenizer: str | None, eos_id: int, pad_id: int) -
 def _open_tokenizer(file: Path, data: DataConfig) -> tokenizers.Tokenizer:
     if not file.exists():
         raise UserError(f"{file}: missing; --tokenizer names a tokenizer.json that is somewhere else")
-    return tokenizers.create(data, file)
+    return run_tokenizer.create(data, file)
 
 
 def _check_complete(path: str | Path, found: saved.Saved, groups: set[str]) -> None:

@@ -154,14 +154,38 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh, field: str = "op
         )
 
 
-def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """Global arrays from a batch of numpy arrays [B, ...], the same in every process: each keeps its devices' rows.
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, in order: int64, 0 to B - 1.
 
-    A process cannot know its rows from its number: devices along the tensor axis share them.
+    A process cannot know them from its number: devices along the tensor axis share rows.
     """
-    check_batch(next(iter(batch.values())).shape[0], 1, mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held.values()]))
+
+
+def put_batch(mesh: Mesh, batch: dict, batch_size: int | None = None) -> dict:
+    """Global arrays [B, ...] from numpy arrays of the rows that this process needs.
+
+    Args:
+      mesh: whose devices but those of the tensor axis share out the rows.
+      batch: arrays [b, ...], of `local_rows`.
+      batch_size: B; None: the arrays have all rows, the same in every process.
+    """
+    given = next(iter(batch.values())).shape[0]
+    size = batch_size or given
+    check_batch(size, 1, mesh)
+    rows = np.arange(size) if given == size else local_rows(mesh, size)
     sharding = batch_sharding(mesh)
-    return {n: jax.make_array_from_process_local_data(sharding, x, x.shape) for n, x in batch.items()}
+
+    def place(values: np.ndarray) -> jax.Array:
+        def part(index) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return values[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((size, *values.shape[1:]), sharding, part)
+
+    return {name: place(values) for name, values in batch.items()}
 
 
 @contextlib.contextmanager

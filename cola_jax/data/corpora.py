@@ -6,13 +6,15 @@ parts, however often it occurs, and the division does not depend on order, file 
 
 import collections.abc
 import dataclasses
-import glob
 import hashlib
-import os
-import re
+from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+
 from cola_jax.config import DataConfig
+from cola_jax.data import mixture, prepared, text_files, tfds_records
+from cola_jax.data.hashing import position
 from cola_jax.data.stories import Stories
 from cola_jax.types import UserError
 
@@ -23,12 +25,6 @@ _INDEX_BITS = 40
 _ATTEMPTS = 1 << 20
 _HOLDOUT_BIT = 1 << 63
 _SAMPLED_STORIES = 100  # stories that stand for the generator's code in `describe`
-
-
-def _position(text: str) -> float:
-    """A number from 0 to below 1 that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
 
 
 class _StoryDocuments(collections.abc.Sequence):
@@ -58,7 +54,7 @@ class _StoryDocuments(collections.abc.Sequence):
         number = index | (_HOLDOUT_BIT if self._held_out else 0)
         for attempt in range(_ATTEMPTS):
             text = self._stories.story(self._seed, number | attempt << _INDEX_BITS)
-            if (_position(text) < self._holdout) == self._held_out:
+            if (position(text.encode()) < self._holdout) == self._held_out:
                 if self._held_out:
                     self._found[index] = text
                 return text
@@ -68,56 +64,35 @@ class _StoryDocuments(collections.abc.Sequence):
         )
 
 
-def _paths(config: DataConfig) -> list[str]:
-    """The sorted files that ``config.files`` names."""
-    pattern = config.files
-    # A name that exists is meant literally, even if it looks like a pattern.
-    found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not found:
-        raise UserError(f"config.data.files = {pattern!r}: no such file; must be a file or a glob that matches one")
-    return found
+class _Texts(collections.abc.Sequence):
+    """Documents by index; can be pickled."""
+
+    def __init__(self, read: Callable[[int], str], indices: np.ndarray):
+        self._read, self._indices = read, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self._indices):
+            raise IndexError(f"document {index} of {len(self._indices)}")
+        return self._read(int(self._indices[index]))
 
 
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; must be a readable file of UTF-8 text") from error
-
-
-def _text_documents(config: DataConfig) -> list[str]:
-    """All documents of a text corpus, in the order of the files, their text unchanged."""
-    result = []
-    # A separator of line ends also divides files that have "\r\n".
-    separator = "\r?\n".join(re.escape(part) for part in config.document_separator.split("\n"))
-    for path in _paths(config):
-        try:
-            text = _read(path).decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"byte {error.start} is not UTF-8 ({error.reason})"
-            raise UserError(f"{path}: {where}; must be UTF-8 text") from error
-        parts = re.split(separator, text) if config.document_separator else [text]
-        result += [part for part in parts if part.strip()]
-    if not result:
+def _split(read: Callable[[int], str], positions: np.ndarray, config: DataConfig, split: Split) -> _Texts:
+    """The documents of a split, by their positions."""
+    if not len(positions):
         raise UserError(f"config.data.files = {config.files!r}: no text in it; the files must hold documents")
-    return result
-
-
-def _text_split(config: DataConfig, split: Split) -> list[str]:
-    everything = _text_documents(config)
-    positions = [_position(text) for text in everything]
     # A small corpus may have no hash in the share: its document with the lowest one is then held out.
-    limit = max(config.holdout, min(positions) + 2.0**-48)
-    held_out = [text for text, position in zip(everything, positions, strict=True) if position < limit]
-    train = [text for text, position in zip(everything, positions, strict=True) if position >= limit]
-    if not train:
+    limit = max(config.holdout, positions.min() + 2.0**-48)
+    held_out = positions < limit
+    if held_out.all():
         raise UserError(
-            f"config.data.files = {config.files!r}: {len(everything)} document(s), all of them held out; there must be"
+            f"config.data.files = {config.files!r}: {len(positions)} document(s), all of them held out; there must be"
             f" at least two different ones (data.document_separator = {config.document_separator!r}) and a data.holdout"
             f" that leaves some for training (now {config.holdout})"
         )
-    return train if split == "train" else held_out
+    return _Texts(read, np.flatnonzero(held_out if split == "holdout" else ~held_out))
 
 
 def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Sequence:
@@ -126,10 +101,11 @@ def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Se
     Args:
       config: `corpus`, and the fields that belong to it.
       split: "train" or "holdout"; no text is in both.
-      seed: Of the generated stories; text corpora do not depend on it.
+      seed: Of the generated stories; other corpora do not depend on it.
 
     Returns:
-      A sequence (``len``, ``[index]``) that can be pickled and read from several threads.
+      A sequence (``len``, ``[index]``) that can be pickled and read from several threads. Text stays in its files and
+      is read when it is asked for.
 
     Raises:
       UserError: Files are missing, empty or not UTF-8, or a split would be empty.
@@ -138,18 +114,57 @@ def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Se
         raise ValueError(f"split = {split!r}: must be 'train' or 'holdout'")
     if config.corpus == "stories":
         return _StoryDocuments(config, split, seed)
-    return _text_split(config, split)
+    if config.corpus == "prepared":
+        return _prepared_texts(config, split)
+    if config.corpus == "tfds":
+        records = tfds_records.scan(config.files, config.tfds_split, config.text_field)
+        return _split(records.read, records.positions, config, split)
+    files = text_files.scan(config.files, config.document_separator)
+    return _split(files.read, files.positions, config, split)
+
+
+def _prepared_texts(config: DataConfig, split: Split) -> collections.abc.Sequence:
+    parts = []
+    for directory in mixture.directories(mixture.parse(config.files)):
+        found = prepared.open_manifest(directory, config)
+        tokenizer = prepared.read_tokenizer(directory, found)
+        parts.append(prepared.Texts(prepared.open_stream(directory, found, split), tokenizer))
+    if not any(len(part) for part in parts):
+        raise UserError(f"config.data.files = {config.files!r}: must be prepared with documents of split {split!r}")
+    return parts[0] if len(parts) == 1 else _Chained(parts)
+
+
+class _Chained(collections.abc.Sequence):
+    """Several sequences, one after another."""
+
+    def __init__(self, parts: list):
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> str:
+        for part in self._parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
 
 
 def describe(config: DataConfig, seed: int) -> dict:
     """What defines the documents and their order, as JSON can hold it."""
     if config.corpus == "text":
-        files = []
-        for path in _paths(config):
-            data = _read(path)
-            name = os.path.basename(path)  # files may move between runs
-            files.append(f"{name}, {len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
-        return {"files": files, "document_separator": config.document_separator, "holdout": config.holdout}
+        files = text_files.scan(config.files, config.document_separator)
+        return {
+            "files": files.description,
+            "document_separator": config.document_separator,
+            "holdout": config.holdout,
+        }
+    if config.corpus == "tfds":
+        records = tfds_records.scan(config.files, config.tfds_split, config.text_field)
+        return {"records": records.description, "holdout": config.holdout}
+    if config.corpus == "prepared":
+        return {"mixture": _describe_mixture(config)}
     stories = _StoryDocuments(config, "train", seed)
     sample = "\n".join(stories[i] for i in range(min(_SAMPLED_STORIES, len(stories))))
     return {
@@ -158,3 +173,13 @@ def describe(config: DataConfig, seed: int) -> dict:
         "stories_sha256": hashlib.sha256(sample.encode("utf-8")).hexdigest(),
         "holdout": config.holdout,
     }
+
+
+def _describe_mixture(config: DataConfig) -> list[dict]:
+    """The phases of a mixture by the content of its corpora, wherever they lie."""
+    phases = mixture.parse(config.files)
+    found = {path: prepared.open_manifest(path, config).fingerprint for path in mixture.directories(phases)}
+    return [
+        {"from_step": phase.start, "shares": {found[path]: share for path, share in phase.shares.items()}}
+        for phase in phases
+    ]

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from cola_jax.data.tokenizers import Tokenizer
+from cola_jax.types import UserError
 
 Row = dict[str, np.ndarray]
 
@@ -38,6 +39,14 @@ def _row(pieces: Iterable[np.ndarray], length: int, pad_id: int) -> Row:
     return row
 
 
+def row_of(ids: np.ndarray, lengths: list[int], length: int, pad_id: int) -> Row:
+    """A row of ids [n], n at most ``length``, whose documents have these lengths; padded behind."""
+    row = empty_row(length, pad_id)
+    row["tokens"][: len(ids)] = ids
+    row["segment_ids"][: len(ids)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return row
+
+
 def empty_row(length: int, pad_id: int) -> Row:
     """A row of nothing but padding."""
     return {
@@ -55,6 +64,14 @@ def pad_row(document: np.ndarray, length: int, pad_id: int, offset: int = 0) -> 
 def pad_row_anywhere(document: np.ndarray, generator: np.random.Generator, length: int, pad_id: int, most: int) -> Row:
     """As `pad_row`, with an offset drawn uniformly from 0 to ``most``."""
     return pad_row(document, length, pad_id, int(generator.integers(most + 1)))
+
+
+def place_row(row: Row, generator: np.random.Generator, pad_id: int, most: int) -> Row:
+    """A row of ``most`` more tokens with the given one at an offset drawn uniformly from 0 to ``most``."""
+    offset = int(generator.integers(most + 1))
+    margin = (offset, most - offset)
+    filler = {"tokens": pad_id, "segment_ids": 0}
+    return {name: np.pad(values, margin, constant_values=filler[name]) for name, values in row.items()}
 
 
 class _ConcatIterator(grain.DatasetIterator):
@@ -99,6 +116,11 @@ class _ConcatIterator(grain.DatasetIterator):
         if state["used"]:
             self._document = next(self._parent)
             self._used = state["used"]
+            if self._used > len(self._document):
+                raise UserError(
+                    f"the checkpoint stands at token {self._used} of a document that has {len(self._document)}: the"
+                    " corpus must be the one that the run began with"
+                )
 
 
 class ConcatIterDataset(grain.IterDataset):

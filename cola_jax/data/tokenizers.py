@@ -11,11 +11,8 @@ import re
 import typing
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import sentencepiece
 
-from cola_jax.config import DataConfig
-from cola_jax.data import corpora
 from cola_jax.types import UserError
 
 _SPACE = "\u2581"  # SentencePiece's own sign for a space
@@ -23,8 +20,6 @@ _LINE = 4000  # longest line given to the trainer, in characters; it skips lines
 _TRAINER_RESERVED = re.compile("[\n\r\t\0\u2581\u2585]+")  # lines with such characters would be skipped
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 50_000  # words that are offered to the trainer as whole pieces
-_SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
-_SAMPLE_CHARACTERS = 10_000_000  # most text a tokenizer is trained on; about half a minute
 
 
 @typing.runtime_checkable
@@ -299,38 +294,3 @@ def _training_lines(texts: list[str], rare: dict[int, str]) -> Iterator[str]:
             yield from (line[i : i + _LINE] for i in range(0, len(line), _LINE))
     for word, _ in words.most_common(_MOST_WORDS):
         yield from (word[:_LINE] + mark for mark in ".,")
-
-
-def _training_sample(config: DataConfig) -> Iterator[str]:
-    """Some training documents in a fixed random order; the held-out ones never reach the tokenizer."""
-    documents = corpora.documents(config, "train", seed=0)
-    budget = _SAMPLE_CHARACTERS
-    most = _SAMPLE_STORIES if config.corpus == "stories" else len(documents)
-    for index in np.random.default_rng(0).permutation(len(documents))[:most]:
-        text = documents[int(index)][:budget]
-        budget -= len(text)
-        yield text
-        if not budget:
-            return
-
-
-def create(config: DataConfig, path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a run.
-
-    Args:
-      config: `tokenizer`, `tokenizer_path`, `vocab_size` and the corpus count.
-      path: Where a SentencePiece model that is trained here is kept: loaded if it exists, else written; or the
-        tokenizer.json where the config names none.
-
-    Raises:
-      UserError: A model file is missing or broken, or the corpus cannot be read.
-    """
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    if config.tokenizer == "huggingface":
-        return HuggingFaceTokenizer.load(config.tokenizer_path or path, config.eos_id, config.pad_id)
-    if config.tokenizer_path:
-        return SentencePieceTokenizer.load(config.tokenizer_path)
-    if not os.path.exists(path):
-        SentencePieceTokenizer.train(_training_sample(config), config.vocab_size).save(path)
-    return SentencePieceTokenizer.load(path)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from cola_jax import config as configs
 from cola_jax import release
-from cola_jax.data import tokenizers
+from cola_jax.data import run_tokenizer
 from cola_jax.families import cola
 from cola_jax.released import files
 from cola_jax.train import checkpoint, saved
@@ -38,7 +38,7 @@ def _has_tokenizer(path: Path, data: configs.DataConfig) -> str:
     """Name and fingerprint of the tokenizer.json in a directory, "" if there is none or its package is missing."""
     if not (path / release.TOKENIZER).exists():
         return ""
-    found = tokenizers.create(data, path / release.TOKENIZER)
+    found = run_tokenizer.create(data, path / release.TOKENIZER)
     return f"{found.name} {found.fingerprint}"
 
 
@@ -112,7 +112,7 @@ def to_released(
     if not isinstance(config, cola.ColaConfig):
         raise UserError(f"{source}: a run of family {config.family!r}; the released layout is that of 'cola'")
     if not config.vae.vocab_size:
-        config = cola.resolve(config, tokenizers.create(data, loaded.tokenizer_path).vocab_size)
+        config = cola.resolve(config, run_tokenizer.create(data, loaded.tokenizer_path).vocab_size)
     model = cola.make_model(config)
     file = Path(data.tokenizer_path or run / release.TOKENIZER)
     has_file = data.tokenizer == "huggingface" and os.path.exists(file)

@@ -54,7 +54,8 @@ def held_out(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dic
     mesh = sharding.make_mesh(TrainConfig(mesh_data=1), jax.local_devices()[:1])
     evaluate = HeldOut(stages[number - 1], mesh, config.seed, sharding.make_rules(config.train.axes))
     dataset = pipeline.create(config.data, run.tokenizer, "holdout", data_seed(config.data_seed, number))
-    batches = evaluate.read(dataset, -(-evaluation.count // config.data.batch_size))
+    size = config.data.batch_size
+    batches = evaluate.read(dataset, -(-evaluation.count // size), size)
     found = evaluate(run.params, {}, batches)
     log("held out: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return {"held_out": found}

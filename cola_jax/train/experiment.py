@@ -10,7 +10,7 @@ import numpy as np
 
 from cola_jax import families
 from cola_jax.config import Config
-from cola_jax.data import pipeline, tokenizers
+from cola_jax.data import manifest, pipeline, run_tokenizer
 from cola_jax.families.interface import Stage
 from cola_jax.train import distributed
 from cola_jax.types import Key, Params
@@ -24,7 +24,7 @@ class Experiment:
       config: with everything resolved (the vocabulary size).
       init: variables of the whole model from a key, boxed with logical axes.
       stages: in their order.
-      dataset: ``(split, seed) -> grain.IterDataset`` of batches, the same in every process.
+      dataset: ``(split, seed, rows) -> grain.IterDataset`` of batches, of which it has the rows that the process needs.
       fingerprint: ``seed -> dict``, what defines the order of the data.
       model, tokenizer: for the sampler.
     """
@@ -32,7 +32,7 @@ class Experiment:
     config: Config
     init: Callable[[Key], Params]
     stages: Sequence[Stage]
-    dataset: Callable[[str, int], Any]
+    dataset: Callable[[str, int, np.ndarray], Any]
     fingerprint: Callable[[int], dict]
     model: Any = None
     tokenizer: Any = None
@@ -44,7 +44,8 @@ def build(config: Config, workdir: Path) -> Experiment:
     Raises:
       UserError: see the tokenizers and the corpora.
     """
-    tokenizer = distributed.first(lambda: tokenizers.create(config.data, workdir / "tokenizer.model"))
+    file = workdir / manifest.TOKENIZER_FILES.get(config.data.tokenizer, "tokenizer.model")
+    tokenizer = distributed.first(lambda: run_tokenizer.create(config.data, file))
     family = families.of(config)
     config = family.resolve(config, tokenizer.vocab_size)
     model = family.model(config)
@@ -52,7 +53,7 @@ def build(config: Config, workdir: Path) -> Experiment:
         config=config,
         init=family.init(model, config),
         stages=family.stages(model, config),
-        dataset=lambda split, seed: pipeline.create(config.data, tokenizer, split, seed),
+        dataset=functools.partial(pipeline.create, config.data, tokenizer),
         fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
         model=model,
         tokenizer=tokenizer,

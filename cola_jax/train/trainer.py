@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import signal
@@ -15,8 +16,8 @@ from jax.sharding import Mesh
 
 from cola_jax import rng, sharding
 from cola_jax.config import Config
+from cola_jax.data import pipeline
 from cola_jax.families.interface import Stage, first_steps
-from cola_jax.nested import differences
 from cola_jax.train import checkpoint as checkpoints
 from cola_jax.train import distributed, interrupts, reports
 from cola_jax.train import state as states
@@ -79,6 +80,8 @@ class Trainer:
         sharding.check_batch(
             self._config.data.batch_size, settings.accumulation, mesh, f"{self.stage.optimizer_field}.accumulation"
         )
+        self._batch_size = self._config.data.batch_size
+        self._rows = sharding.local_rows(mesh, self._batch_size)
         self._rules = sharding.make_rules(train.axes)
         self._make = states.make_init(experiment.init, self.stage)
         self.target = states.abstract(self._make, mesh, self._rules)
@@ -110,7 +113,7 @@ class Trainer:
         if found is None:
             return False
         self.step, self.state, body = found
-        if changes := differences(body["fingerprint"], self._fingerprint()):
+        if changes := pipeline.changes(body["fingerprint"], self._fingerprint, self.step):
             shown = ", ".join(map(str, changes))
             raise UserError(f"{self._workdir}: the data is not what this run began with ({shown})")
         # The position is the same for all processes (`pipeline`), so that their number may change.
@@ -143,9 +146,9 @@ class Trainer:
             first_step=self._first_step,
             rules=self._rules,
         )
-        iterator = iter(self._experiment.dataset("train", self._seed))
+        iterator = Batches(self._experiment.dataset("train", self._seed, self._rows), self._mesh, self._batch_size)
         if self._position is not None:
-            iterator.set_state(json.loads(self._position))
+            iterator.restore(self._position, self.step)
         writes = jax.process_index() == 0
         writer = reports.Writer(self._workdir, self.number, self.step, total, self._cost, self._log, writes)
         self._saved_at = time.monotonic()
@@ -159,12 +162,12 @@ class Trainer:
         evaluate = self._evaluator()
         clock, warm = reports.Clock(), False
         # The host looks at a step's metrics only after the next one is dispatched, so it needs positions further back.
-        positions = collections.deque([(self.step, json.dumps(iterator.get_state()))], maxlen=3)
+        positions = collections.deque([(self.step, iterator.position)], maxlen=3)
         pending = None
         while self.step < self.stage.steps:
             self._monitors.profile.before(self.step + 1, self.number)
             values = self._advance(train_step, iterator, clock)
-            positions.append((self.step, json.dumps(iterator.get_state())))
+            positions.append((self.step, iterator.position))
             if pending is not None:
                 self._guard(*pending, positions, writer)
             pending = (self.step, values)
@@ -202,9 +205,9 @@ class Trainer:
         if batch is None:
             raise UserError(f"data ended after {self.step} steps: the corpus must hold at least one batch")
         waited = time.perf_counter() - asked
-        self.state, values = train_step(self.state, sharding.put_batch(self._mesh, batch))
+        self.state, values = train_step(self.state, batch)
         self.step += 1
-        clock.count(int(np.count_nonzero(batch["segment_ids"])), waited)
+        clock.count(iterator.tokens, waited)
         return values
 
     def _due(self, late: bool) -> tuple[bool, bool, bool]:
@@ -240,8 +243,8 @@ class Trainer:
 
         def run(state: states.TrainState) -> dict[str, float]:
             if not cached:
-                dataset = self._experiment.dataset("holdout", self._seed)
-                cached.extend(evaluate.read(dataset, settings.train.eval_batches))
+                dataset = self._experiment.dataset("holdout", self._seed, self._rows)
+                cached.extend(evaluate.read(dataset, settings.train.eval_batches, self._batch_size))
             if not cached:
                 raise UserError(f"config.data.holdout = {settings.data.holdout}: must be enough for one batch")
             return evaluate(states.evaluation_params(state), state.frozen, cached)
@@ -288,12 +291,14 @@ class Trainer:
         where = f"the state after step {good} is saved" if good else "nothing is saved"
         raise NonFiniteLoss(f"stage {self.number}, step {step}: {what} ({line}); {where}")
 
+    @functools.cached_property
     def _fingerprint(self) -> dict:
+        """Of the data that this process trains on; made once, not from what its files may be later."""
         return json.loads(json.dumps(self._experiment.fingerprint(self._seed)))
 
     def _save(self, step: int, state: states.TrainState, position: str) -> None:
         if step != self._saved:
-            config, fingerprint = self._config, self._fingerprint()
+            config, fingerprint = self._config, self._fingerprint
             self._checkpoints.save(step, state, config=config, fingerprint=fingerprint, data=position)
             self._saved, self._saved_at = step, time.monotonic()
 
@@ -306,6 +311,51 @@ class Trainer:
         )
 
 
+class Batches:
+    """Batches of a dataset on the devices, some of them ahead of the step that trains on them.
+
+    Attributes:
+      position: in the data behind the batch that `__next__` gave last, as JSON.
+      tokens: of that batch, over all processes (where they hold different rows, estimated from this one's).
+    """
+
+    _AHEAD = 2
+
+    def __init__(self, dataset, mesh: Mesh, batch_size: int):
+        self._iterator, self._mesh, self._batch_size = iter(dataset), mesh, batch_size
+        self._ready: collections.deque = collections.deque()
+        self.position, self.tokens = self._state(), 0
+
+    def _state(self) -> str:
+        return json.dumps(self._iterator.get_state())
+
+    def restore(self, position: str, step: int) -> None:
+        """Goes on where a checkpoint of ``step`` stands; where batches are found by index the step is all it takes."""
+        by_index = set(json.loads(self.position)) == {"step"}
+        self._iterator.set_state({"step": step} if by_index else json.loads(position))
+        self._ready.clear()
+        self.position = self._state()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict:
+        while len(self._ready) <= self._AHEAD:
+            batch = next(self._iterator, None)
+            if batch is None:
+                break
+            tokens = np.count_nonzero(batch["segment_ids"]) * self._batch_size / len(batch["segment_ids"])
+            placed = sharding.put_batch(self._mesh, batch, self._batch_size)
+            self._ready.append((placed, self._state(), round(tokens)))
+        if not self._ready:
+            raise StopIteration
+        batch, self.position, self.tokens = self._ready.popleft()
+        return batch
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
 class HeldOut:
     """Loss and terms of a stage over held-out batches; called with (variables, frozen trees, batches of `read`)."""
 
@@ -313,11 +363,11 @@ class HeldOut:
         self._mesh = mesh
         self._step = steps.make_eval_step(stage.terms, mesh, seed=seed, rules=rules)
 
-    def read(self, dataset, count: int) -> list[dict]:
-        """The first ``count`` batches of a dataset, on the devices."""
+    def read(self, dataset, count: int, batch_size: int) -> list[dict]:
+        """The first ``count`` batches of a dataset, on the devices; it has this process's rows of each."""
         iterator = iter(dataset)
         try:
-            return [sharding.put_batch(self._mesh, batch) for batch in itertools.islice(iterator, count)]
+            return [sharding.put_batch(self._mesh, batch, batch_size) for batch in itertools.islice(iterator, count)]
         finally:
             iterator.close()
 

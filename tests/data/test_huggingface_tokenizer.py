@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cola_jax.config import DataConfig
-from cola_jax.data import tokenizers
+from cola_jax.data import run_tokenizer, tokenizers
 from cola_jax.types import UserError
 
 library = pytest.importorskip("tokenizers")
@@ -81,9 +81,9 @@ def test_files(model, tmp_path):
         assert "\n" not in str(caught.value)
     file.write_bytes(model)
     config = DataConfig(tokenizer="huggingface", eos_id=3)
-    assert tokenizers.create(config, file).eos_id == 3
+    assert run_tokenizer.create(config, file).eos_id == 3
     named = DataConfig(tokenizer="huggingface", tokenizer_path=str(file))
-    assert tokenizers.create(named, tmp_path / "none").eos_id > 3
+    assert run_tokenizer.create(named, tmp_path / "none").eos_id > 3
 
 
 def test_the_package_is_optional(model, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cola_jax.config import DataConfig, StoriesConfig
-from cola_jax.data import corpora, packing, pipeline, tokenizers
+from cola_jax.data import corpora, packing, pipeline, run_tokenizer, tokenizers
 from cola_jax.nested import differences
 from cola_jax.types import UserError
 
@@ -138,11 +138,11 @@ _NEW_PROCESS = """
 import json, sys
 from cola_jax.config import DataConfig, StoriesConfig
 from cola_jax.nested import differences
-from cola_jax.data import pipeline, tokenizers
+from cola_jax.data import pipeline, run_tokenizer, tokenizers
 fields, state, path = json.loads(sys.argv[1])
 fields["stories"] = StoriesConfig(**fields["stories"])
 config = DataConfig(**fields)
-tokenizer = tokenizers.create(config, path)
+tokenizer = run_tokenizer.create(config, path)
 iterator = iter(pipeline.create(config, tokenizer, "train", 3))
 iterator.set_state(state)
 print(json.dumps([[next(iterator)["tokens"].tolist() for _ in range(3)], pipeline.fingerprint(config, tokenizer, 3)]))
@@ -151,7 +151,7 @@ print(json.dumps([[next(iterator)["tokens"].tolist() for _ in range(3)], pipelin
 
 def test_a_new_process_goes_on_exactly(tmp_path):
     config = DataConfig(num_stories=60, stories=StoriesConfig(aligned=True), align=8, batch_size=4)
-    tokenizer = tokenizers.create(config, tmp_path / "model")
+    tokenizer = run_tokenizer.create(config, tmp_path / "model")
     iterator = iter(pipeline.create(config, tokenizer, "train", 3))
     _take(iterator, 9)
     fields = dataclasses.asdict(config)
@@ -170,7 +170,7 @@ def test_a_new_process_goes_on_exactly(tmp_path):
 
 def test_aligned_stories_have_a_sentence_in_each_block(tmp_path):
     config = DataConfig(num_stories=500, stories=StoriesConfig(aligned=True), align=8)
-    tokenizer = tokenizers.create(config, tmp_path / "model")
+    tokenizer = run_tokenizer.create(config, tmp_path / "model")
     batch = next(iter(pipeline.create(config, tokenizer, "train", 0)))
     blocks = batch["tokens"].reshape(-1, 8)
     for block in blocks:

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from cola_jax.config import DataConfig
-from cola_jax.data import corpora, tokenizers
+from cola_jax.data import corpora, run_tokenizer, tokenizers
 from cola_jax.types import UserError
 
 WORDS = "the garden kite uncle visited dusty found home bravely and went for to a of was where lantern".split()
@@ -171,7 +171,7 @@ def test_wrong_model_files_are_named(trained, tmp_path, content):
         path.write_bytes(content)
     for load in (
         lambda: tokenizers.SentencePieceTokenizer.load(path),
-        lambda: tokenizers.create(DataConfig(tokenizer_path=str(path)), tmp_path / "unused"),
+        lambda: run_tokenizer.create(DataConfig(tokenizer_path=str(path)), tmp_path / "unused"),
     ):
         with pytest.raises(UserError, match=r"wrong\.model: .*must be a SentencePiece model file") as error:
             load()
@@ -208,17 +208,17 @@ def _text_config(tmp_path, **fields) -> DataConfig:
 
 
 def test_create_makes_bytes_without_a_file(tmp_path):
-    assert tokenizers.create(DataConfig(tokenizer="bytes"), tmp_path / "model").name == "bytes"
+    assert run_tokenizer.create(DataConfig(tokenizer="bytes"), tmp_path / "model").name == "bytes"
     assert not list(tmp_path.iterdir())
 
 
 def test_create_trains_once_and_then_loads(tmp_path, monkeypatch):
     config = _text_config(tmp_path)
-    first = tokenizers.create(config, tmp_path / "model")
+    first = run_tokenizer.create(config, tmp_path / "model")
     monkeypatch.setattr(tokenizers.SentencePieceTokenizer, "train", None)
-    assert tokenizers.create(config, tmp_path / "model").fingerprint == first.fingerprint
+    assert run_tokenizer.create(config, tmp_path / "model").fingerprint == first.fingerprint
     named = _text_config(tmp_path, tokenizer_path=str(tmp_path / "model"))
-    assert tokenizers.create(named, tmp_path / "other").fingerprint == first.fingerprint
+    assert run_tokenizer.create(named, tmp_path / "other").fingerprint == first.fingerprint
     assert not (tmp_path / "other").exists()
 
 
@@ -232,6 +232,6 @@ def test_create_never_trains_on_held_out_documents(tmp_path, monkeypatch):
         return train(seen, vocab_size)
 
     monkeypatch.setattr(tokenizers.SentencePieceTokenizer, "train", spy)
-    tokenizers.create(config, tmp_path / "model")
+    run_tokenizer.create(config, tmp_path / "model")
     assert set(seen) == set(corpora.documents(config, "train", 0))
     assert not set(seen) & set(corpora.documents(config, "holdout", 0))

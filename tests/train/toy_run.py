@@ -30,10 +30,12 @@ class Batches:
         return f"Batches({self._seed}, {self._count})"
 
 
-def dataset(split: str, seed: int):
+def dataset(split: str, seed: int, wanted=None):
     source = grain.MapDataset.source(Batches(seed if split == "train" else 1, 1000 if split == "train" else 2))
     if split == "train":
         source = source.shuffle(seed=seed % 2**31).repeat()
+    if wanted is not None:
+        source = source.map(lambda batch: {name: values[wanted] for name, values in batch.items()})
     return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
