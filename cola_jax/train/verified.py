@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from cola_jax.train import distributed, interrupts
@@ -45,19 +44,15 @@ def _array_hash(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-@jax.jit
-def _hash_all(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_array_hash(x) for x in arrays])
+_hash = jax.jit(_array_hash)
 
 
 def hashes(items: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
-    """The hash of every array by item and name; of global arrays in all processes together."""
-    names = [(item, name) for item, arrays in items.items() for name in arrays]
-    values = np.asarray(_hash_all([items[item][name] for item, name in names]))
-    found = {item: {} for item in items}
-    for (item, name), value in zip(names, values, strict=True):
-        found[item][name] = int(value)
-    return found
+    """The hash of every array by item and name; of global arrays in all processes together.
+
+    One array after another: what XLA's CPU backend needs besides is as large as what it hashes.
+    """
+    return {item: {name: int(_hash(x)) for name, x in arrays.items()} for item, arrays in items.items()}
 
 
 def checksum(body: dict) -> int:
@@ -180,11 +175,16 @@ def _file_sums(directory: Path, skip: str) -> dict[str, list[int]]:
 
 
 def check_files(path: Path) -> None:
-    """Raises ValueError that names the first file of a step that is not as it was when the step was committed."""
+    """Raises ValueError that names a file of a step that is not as it was when the step was committed.
+
+    Each process looks at its share of the files; `newest_valid` has all of them agree.
+    """
     saved, item = json.loads((path / "files" / _FILES).read_text()), "files"
     if checksum(saved["files"]) != saved["checksum"]:
         raise ValueError(f"{item}/{_FILES} does not match its checksum")
-    for name, (size, sum_) in saved["files"].items():
+    names = sorted(saved["files"])
+    for name in names[jax.process_index() :: jax.process_count()]:
+        size, sum_ = saved["files"][name]
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")

@@ -133,6 +133,42 @@ def test_a_step_that_cannot_be_read_now_is_not_set_aside(toy, tmp_path, monkeypa
     manager.close()
 
 
+def test_each_process_checks_its_share_of_the_files(toy, tmp_path, monkeypatch):
+    """Together all of them, and none twice."""
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, toy[0], 1)
+    manager.close()
+    step, victims = tmp_path / "1", []
+    names = [path for path in sorted(step.glob("*/**/*")) if path.is_file() and path.parent.name != "files"]
+    assert len(names) > 6
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for path in names:
+        content = path.read_bytes()
+        path.write_bytes(content + b"x")
+        failed = []
+        for index in range(3):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            try:
+                verified.check_files(step)
+            except ValueError as error:
+                assert path.name in str(error)
+                failed.append(index)
+        assert len(failed) == 1
+        victims += failed
+        path.write_bytes(content)
+    shares = [victims.count(index) for index in range(3)]
+    assert sum(shares) == len(names) and max(shares) - min(shares) <= 1
+
+
+def test_arrays_are_hashed_one_after_another(monkeypatch):
+    """What is needed besides is that of the largest, not of all."""
+    sizes, hash_ = [], verified._hash
+    monkeypatch.setattr(verified, "_hash", lambda x: sizes.append(x.size) or hash_(x))
+    arrays = {name: jnp.arange(size, dtype=jnp.float32) for name, size in (("a", 3), ("b", 5))}
+    found = verified.hashes({"x": arrays})
+    assert sizes == [3, 5] and found == {"x": {n: int(hash_(x)) for n, x in arrays.items()}}
+
+
 def test_every_flipped_bit_is_seen():
     arrays = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)}
     (before,) = verified.hashes({"x": arrays})["x"].values()
