@@ -19,6 +19,8 @@ _FREE_FIELDS = (
     # where: the mesh, and what it divides
     *(f"train.mesh_{axis}" for axis in configs.MESH_AXES),
     "train.axes.*",
+    # what it reads, if that has the fingerprint of what it has read so far: another folder, or a mixture's next phase
+    "data.files",
     # how: memory against time, kernels, who prepares batches (whether their order allows it, their fingerprint says)
     *("*.accumulation", "*.remat", "*.unroll", "*.attention_kernel", "*.logit_chunk", "data.num_workers"),
     # what is told, and how often

@@ -169,7 +169,7 @@ def test_what_may_change_is_named_by_fields_that_exist():
     free = {name for name in names if workdir.is_free(name)}
     groups = {name.partition(".")[0] for name in free}
     assert groups == {*("data", "train", "sample", "evaluation", "vae", "dit", "transformer"), *OPTIMIZERS}
-    assert {name for name in free if name.startswith("data.")} == {"data.num_workers"}
+    assert {name for name in free if name.startswith("data.")} == {"data.num_workers", "data.files"}
     assert {name.partition(".")[2] for name in free if name.startswith(OPTIMIZERS)} == {"accumulation"}
     assert not {"seed", "train.compute_dtype", "train.init_from", "dit.num_layers", "stage2.steps"} & free
     assert workdir.is_free("train.milestone_steps[1]") and workdir.is_free("evaluation.evaluators[0]")
