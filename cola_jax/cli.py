@@ -5,6 +5,7 @@ Exit status: see `cola_jax.train.interrupts`.
 
 import functools
 import logging as python_logging
+import math
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cola_jax import families, runs
+from cola_jax import families, paths, runs
 from cola_jax.cli_settings import config_help
 from cola_jax.config import Config
 from cola_jax.train import distributed, interrupts, trainer
@@ -54,7 +55,9 @@ def machine_flags() -> Callable[[], None]:
 
     def start() -> None:
         if cache.value:
-            jax.config.update("jax_compilation_cache_dir", str(Path(cache.value).expanduser().absolute()))
+            paths.check(cache.value, "--compilation_cache")
+            place = cache.value if paths.scheme(cache.value) else paths.local(cache.value, "--compilation_cache")
+            jax.config.update("jax_compilation_cache_dir", str(place))
         distributed.initialize(coordinator.value, count.value, index.value, timeout.value)
 
     return start
@@ -129,11 +132,37 @@ def _fail_of(error: Exception) -> None:
     _fail(text, interrupts.RESTART if interrupts.is_temporary(error) else interrupts.BAD_INPUT)
 
 
+# What may be in a bucket; in a config the functions that read a path say what it must be.
+_MAY_BE_URLS = ("checkpoint", "from", "tokenizer", "compilation_cache", "scorer")
+
+
+def _check_urls() -> None:
+    """Ends the process for a flag with a URL where a path of this machine is needed, before anything is read."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        is_text = type(flag.parser) is flags.ArgumentParser and isinstance(flag.value, str)
+        if is_text and "." not in name and name != "coordinator" and paths.scheme(flag.value):
+            try:
+                (paths.check if name in _MAY_BE_URLS else paths.local)(flag.value, f"--{name}")
+            except UserError as error:
+                _fail(str(error), interrupts.BAD_INPUT)
+
+
+def _check_finite() -> None:
+    """Ends the process for a flag whose number is NaN or infinite: no bound of a flag refuses NaN."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if isinstance(flag.parser, flags.FloatParser) and flag.value is not None and not math.isfinite(flag.value):
+            _fail(f"--{name} = {flag.value}: must be a finite number", interrupts.BAD_INPUT)
+
+
 def _parse(argv: list[str], arguments: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # a config file is Python: parsing it raises anything
         _fail(_parse_error(error, argv), interrupts.BAD_INPUT)
+    _check_finite()
+    _check_urls()
     if len(rest) > 1 and not arguments:
         _fail(f"unexpected argument {rest[1]!r}: every argument must be a flag, --name=value", interrupts.BAD_INPUT)
     return rest

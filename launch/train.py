@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from cola_jax import cli, families, rng, runs
+from cola_jax import cli, families, paths, rng, runs
 from cola_jax.evaluation import evaluators
 from cola_jax.train import experiment, loop, plan, reports, trainer, workdir
 
@@ -59,7 +59,7 @@ def main() -> None:
     plan.check_kernels(config)
     chosen = evaluators.names(config.evaluation, config, family)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    directory = Path(_WORKDIR.value or Path("runs") / name).absolute()
+    directory = paths.local(_WORKDIR.value or Path("runs") / name, "--workdir")
     profile_steps = _PROFILE()
     workdir.claim(config, directory)
     parts = experiment.build(config, directory)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from cola_jax import sharding
+from cola_jax import paths, sharding
 from cola_jax.config import Config
 from cola_jax.train import initialise, interrupts, starts, workdir
 from cola_jax.train import state as states
@@ -51,7 +51,7 @@ def train(
       NonFiniteLoss: training diverged.
       Interrupted: SIGTERM or Ctrl-C.
     """
-    directory = Path(directory).absolute()
+    directory = paths.local(directory, "--workdir")
     try:
         return _train(config, directory, experiment, sampler, log, profile_steps)
     except OSError as error:

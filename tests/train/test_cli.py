@@ -15,6 +15,7 @@ from cola_jax import cli
 from cola_jax.train import interrupts, trainer
 from cola_jax.types import TemporaryError, UserError
 FLAG = cli.config_flag()
+cli.machine_flags()
 
 def main():
     config = cli.read_config(FLAG)
@@ -75,6 +76,8 @@ def call(place, *arguments):
         (["--config=good.py", "--config.stage1.steps=-1"], ["config.stage1.steps", "-1", "at least 0"]),
         (["--config=good.py", "--workdirr=3"], ["workdirr"]),
         (["--config=good.py", "extra"], ["'extra'"]),
+        (["--config=good.py", "--join_timeout=nan"], ["--join_timeout = nan: must be a finite number"]),
+        (["--config=good.py", "--config.vae.shift=-inf"], ["vae.shift", "-inf", "must be a finite number"]),
         (["--config=good.py", "--config.seed=1"], ["file x = 1: must be 2"]),
     ],
 )
