@@ -280,7 +280,7 @@ def create(
     tokenizer: Tokenizer,
     split: corpora.Split,
     seed: int,
-    wanted: Sequence[int] | None = None,
+    wanted: Sequence[int] | np.ndarray | None = None,
 ) -> grain.IterDataset:
     """Batches of one split.
 

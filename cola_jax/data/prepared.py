@@ -23,7 +23,7 @@ from cola_jax.types import UserError
 _HASHED = 2**30  # bytes of shards whose hash is compared when they are opened; `inspect_data --verify` reads them all
 
 
-class Stream:
+class Stream(collections.abc.Sequence):
     """The documents of some shards, laid end to end; can be pickled.
 
     Attributes:
@@ -143,6 +143,19 @@ def verify(shard: Shard, info: manifests.ShardInfo) -> None:
         if (found := _file_sha256(str(path), status.st_size, status.st_mtime_ns)) != expected:
             need = f"{expected[:16]}..., as {manifests.NAME} says; it has changed since it was prepared"
             raise UserError(f"{path}: sha256 {found[:16]}...; must be {need}")
+
+
+def verify_all(directory: str | Path, infos: collections.abc.Iterable[manifests.ShardInfo]) -> int:
+    """Compares every shard with its hash; the bytes that were read.
+
+    Raises:
+      UserError: a shard is missing or has changed.
+    """
+    total = 0
+    for info in infos:
+        shard = _open(Path(directory), info, check_hash=True)
+        total += sum(shard.file(suffix).stat().st_size for suffix in (".bin", ".idx"))
+    return total
 
 
 @functools.lru_cache(maxsize=4096)
