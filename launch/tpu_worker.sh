@@ -32,7 +32,9 @@ for mount in $mounts; do
     gs://*)
       command -v gcsfuse >/dev/null || fail "MOUNTS = $mount: gcsfuse is missing; SETUP can install it"
       sudo chown "$(id -un)" "$place"
-      gcsfuse --implicit-dirs "${source#gs://}" "$place" || fail "MOUNTS = $mount: not mounted"
+      # A checkpoint gets its name when it is complete, a directory; and every worker must see that at once.
+      gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 "${source#gs://}" "$place" ||
+        fail "MOUNTS = $mount: not mounted"
       ;;
     *:/*) sudo mount -t nfs "$source" "$place" || fail "MOUNTS = $mount: not mounted" ;;
     *) fail "MOUNTS = $mount: must begin with host:/volume or gs://bucket" ;;

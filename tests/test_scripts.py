@@ -249,7 +249,8 @@ def test_a_worker_mounts_what_is_not_mounted(tmp_path):
     status, calls = work(tmp_path, folder, "echo set up >> $CALLS", mounts, "")
     assert status == 0 and calls[0] == "set up"
     assert "sudo mount -t nfs 10.0.0.2:/volume /mnt/nfs" in calls
-    assert "gcsfuse --implicit-dirs bucket /mnt/bucket" in calls and not count(calls, "/other")
+    options = "--implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0"
+    assert f"gcsfuse {options} bucket /mnt/bucket" in calls and not count(calls, "/other")
     for wrong in ("/mnt/x", "host:/v=mnt", "ftp=/mnt/x"):
         status, calls = work(tmp_path, folder, "", wrong, "")
         assert status == 1 and not count(calls, "venv")

@@ -91,13 +91,16 @@ def newest_valid(
       steps: which to try, newest first; None: all.
 
     Raises:
-      UserError: the processes do not see the same steps; or from ``load``.
-      TemporaryError: a step could not be read now, which says nothing of its files (`interrupts.is_temporary`; an
+      UserError: from ``load``.
+      TemporaryError: the processes do not see the same steps (a file system that is late: `workdir.claim` has seen that
+        they share it); or a step could not be read now, which says nothing of its files (`interrupts.is_temporary`; an
         input/output error may be a bad sector, which stays, so that it counts as damage).
     """
     steps = step_directories(directory) if steps is None else steps
     if not distributed.same(steps):
-        raise UserError(f"checkpoint {directory}: must be a directory that all processes see; their steps differ")
+        raise TemporaryError(
+            f"checkpoint {directory}: the processes do not see the same steps; all must see one directory"
+        )
     hook = sys.unraisablehook
     # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
     sys.unraisablehook = lambda _: None
