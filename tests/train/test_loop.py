@@ -356,7 +356,7 @@ def test_what_fails_outside_the_run_may_be_started_again(whole, tmp_path, monkey
     def fail(*_, **__):
         raise broken
 
-    def read(split, seed):
+    def read(split, seed, rows):
         try:
             fail()
         except OSError as error:
@@ -379,7 +379,7 @@ def test_what_fails_outside_the_run_may_be_started_again(whole, tmp_path, monkey
 
 
 def test_a_missing_file_of_the_data_is_for_the_user(tmp_path):
-    def read(split, seed):
+    def read(split, seed, rows):
         try:
             open(tmp_path / "none")
         except OSError as error:
