@@ -5,6 +5,7 @@ Exit status: see `cola_jax.train.interrupts`.
 
 import functools
 import logging as python_logging
+import math
 import os
 import re
 import sys
@@ -15,11 +16,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cola_jax import families, runs
+from cola_jax import families, paths, runs
 from cola_jax.cli_settings import config_help
 from cola_jax.config import Config
 from cola_jax.train import distributed, interrupts, trainer
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 flags.disclaim_key_flags()  # they are those of the binary that asks for them, and its --help lists them
 
@@ -54,7 +55,9 @@ def machine_flags() -> Callable[[], None]:
 
     def start() -> None:
         if cache.value:
-            jax.config.update("jax_compilation_cache_dir", str(Path(cache.value).expanduser().absolute()))
+            paths.check(cache.value, "--compilation_cache")
+            place = cache.value if paths.scheme(cache.value) else paths.local(cache.value, "--compilation_cache")
+            jax.config.update("jax_compilation_cache_dir", str(place))
         distributed.initialize(coordinator.value, count.value, index.value, timeout.value)
 
     return start
@@ -116,7 +119,41 @@ def _parse_error(error: Exception, argv: list[str]) -> str:
 
 def _fail(message: str, status: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if status == interrupts.RESTART and jax.distributed.is_initialized():
+        os._exit(status)  # an orderly end would wait for the other processes, which wait for this one
     sys.exit(status)
+
+
+def _fail_of(error: Exception) -> None:
+    """Ends the process with the line of an error and the status that tells whether another start may mend it."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else text
+    _fail(text, interrupts.RESTART if interrupts.is_temporary(error) else interrupts.BAD_INPUT)
+
+
+# What may be in a bucket; in a config the functions that read a path say what it must be.
+_MAY_BE_URLS = ("checkpoint", "from", "tokenizer", "compilation_cache", "scorer")
+
+
+def _check_urls() -> None:
+    """Ends the process for a flag with a URL where a path of this machine is needed, before anything is read."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        is_text = type(flag.parser) is flags.ArgumentParser and isinstance(flag.value, str)
+        if is_text and "." not in name and name != "coordinator" and paths.scheme(flag.value):
+            try:
+                (paths.check if name in _MAY_BE_URLS else paths.local)(flag.value, f"--{name}")
+            except UserError as error:
+                _fail(str(error), interrupts.BAD_INPUT)
+
+
+def _check_finite() -> None:
+    """Ends the process for a flag whose number is NaN or infinite: no bound of a flag refuses NaN."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if isinstance(flag.parser, flags.FloatParser) and flag.value is not None and not math.isfinite(flag.value):
+            _fail(f"--{name} = {flag.value}: must be a finite number", interrupts.BAD_INPUT)
 
 
 def _parse(argv: list[str], arguments: bool) -> list[str]:
@@ -124,6 +161,8 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
         rest = flags.FLAGS(argv)
     except Exception as error:  # a config file is Python: parsing it raises anything
         _fail(_parse_error(error, argv), interrupts.BAD_INPUT)
+    _check_finite()
+    _check_urls()
     if len(rest) > 1 and not arguments:
         _fail(f"unexpected argument {rest[1]!r}: every argument must be a flag, --name=value", interrupts.BAD_INPUT)
     return rest
@@ -149,7 +188,10 @@ def _use_huge_pages() -> None:
 
 
 def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = False) -> None:
-    """Parses the flags, runs ``main`` and exits; `UserError` becomes ``error: ...`` and status 2.
+    """Parses the flags, runs ``main`` and exits; an error becomes one line, ``error: ...``, and a status.
+
+    The status of a `UserError` is 2, of a `TemporaryError` 75; also 75 where a failing disk or network was behind a
+    `UserError` or `OSError` (`interrupts.is_temporary`).
 
     Args:
       main: called without arguments, or with the list of those that are no flags.
@@ -164,14 +206,16 @@ def run(main: Callable[..., None], arguments: bool = False, huge_pages: bool = F
         _quiet()
         try:
             main(*([argv[1:]] if arguments else []))
-        except UserError as error:
-            _fail(str(error), interrupts.BAD_INPUT)
+        except (UserError, TemporaryError) as error:
+            _fail_of(error)
         except trainer.NonFiniteLoss as error:
             _fail(str(error), interrupts.DIVERGED)
         except interrupts.Interrupted as error:
             print(str(error), flush=True)
             sys.exit(error.status)
         except Exception as error:
+            if isinstance(error, OSError) and interrupts.is_temporary(error):
+                _fail_of(error)
             if not distributed.is_lost_peer(error):
                 raise
             reason = " ".join(str(error).split())[:300]

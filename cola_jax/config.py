@@ -163,6 +163,7 @@ class TrainConfig:
     sample_every: int = setting(0, "steps between generated samples in the last stage; 0: at the end only", at_least=0)
     num_samples: int = setting(4, "texts generated each time", at_least=0)
     checkpoint_every: int = setting(200, "steps between checkpoints", at_least=1)
+    checkpoint_minutes: float = setting(0.0, "and minutes since the last one; 0: any number", at_least=0)
     keep_checkpoints: int = setting(3, "newest checkpoints that are kept", at_least=1)
     milestone_steps: tuple[int, ...] = setting(
         (), "checkpoints after these steps of a stage are kept for good", at_least=1

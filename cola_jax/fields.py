@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 from cola_jax.types import UserError
 
+# Of float32, in which models compute: what is larger is infinite there, what is smaller (and not 0) is 0.
+_LARGEST, _SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -169,7 +172,10 @@ def check_value(entry: Entry, value, name: str) -> None:
         return
     require(any(_fits(value, kind) for kind in entry.types), name, value, _type_words(entry.types))
     none = "None or " if entry.optional else ""
-    require(_is_finite(value), name, value, f"{none}a finite number")
+    floats = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+    require(all(map(math.isfinite, floats)), name, value, f"{none}a finite number")
+    held = all(x == 0 or _SMALLEST <= abs(x) <= _LARGEST for x in floats)
+    require(held, name, value, f"{none}0, or from {_SMALLEST:.3g} to {_LARGEST:.3g} in magnitude: float32")
     require(entry.rule.allows(value), name, value, none + entry.rule.words(isinstance(value, tuple)))
 
 
@@ -232,12 +238,6 @@ def _fits(value, kind) -> bool:
         sized = isinstance(value, tuple) and (kinds[-1] is Ellipsis or len(value) == len(kinds))
         return sized and all(_fits(x, _element_kind(kind, i)) for i, x in enumerate(value))
     return isinstance(value, kind)
-
-
-def _is_finite(value) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_finite, value))
-    return not isinstance(value, numbers.Real) or isinstance(value, numbers.Integral) or math.isfinite(value)
 
 
 def _type_words(types: tuple) -> str:

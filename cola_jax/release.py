@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
-from cola_jax import sharding
+from cola_jax import paths, sharding
 from cola_jax.models import cola
 from cola_jax.released import files, layout, options
 from cola_jax.released.options import DIT, PARTS, VAE
@@ -157,7 +157,7 @@ def load(
     Besides the parameters there is never more than the largest of them in memory.
 
     Args:
-      path: the directory.
+      path: the directory; in a bucket (gs://) it is copied to this machine first.
       dtype: compute type of the model.
       param_dtype: type of the parameters; float32 holds every released type exactly.
       mesh: None: all on the first device. Given: each shard goes where `cola_jax.sharding` puts it.
@@ -165,7 +165,7 @@ def load(
     Raises:
       UserError: a part, tensor or option that is missing or does not fit; one line that names file and tensor.
     """
-    model, lazy = open_lazily(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    model, lazy = open_lazily(paths.fetched(path, "path"), dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     leaves, structure = jax.tree.flatten(lazy)
     sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
     # The largest first: what is in flight besides the parameters is most when they are few.
@@ -342,7 +342,7 @@ def save(
       UserError: an option that the layout cannot express, parameters that are not the model's, a target that is
         not empty, too little disk.
     """
-    path = Path(path).absolute()
+    path = paths.local(path, "path")
     for part, config in ((VAE, model.vae_config), (DIT, model.dit_config)):
         options.check_expressible(part, config)
     given = _checked_params(model, params)

@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cola_jax import families, release
+from cola_jax import families, paths, release
 from cola_jax.config import Config, DataConfig
 from cola_jax.data import run_tokenizer, tokenizers
 from cola_jax.families import cola
 from cola_jax.families.interface import Family
-from cola_jax.train import saved
+from cola_jax.train import experiment, saved
 from cola_jax.types import Params, UserError
 
 
@@ -51,6 +51,9 @@ def load(
     """
     if not path:
         raise UserError(f"{flag} is missing: it must name the directory of a run, or of a released checkpoint")
+    path = str(saved.fetched(path, flag, step))
+    if tokenizer and paths.scheme(tokenizer):
+        tokenizer = str(paths.fetched(tokenizer, "--tokenizer"))
     if release.is_released(path):
         if step is not None:
             raise UserError(f"--step = {step}: {path} is a released checkpoint, which has no steps")
@@ -91,8 +94,9 @@ def _data(config: DataConfig, tokenizer: str | None, eos_id: int, pad_id: int) -
             raise UserError(
                 f"--tokenizer, --eos_id, --pad_id: cannot be given here: the run has its own {config.tokenizer}"
             )
-        return config
+        return dataclasses.replace(config, tokenizer_path=experiment.local_tokenizer(config.tokenizer_path))
     changes = {"tokenizer_path": tokenizer or config.tokenizer_path}
+    changes["tokenizer_path"] = experiment.local_tokenizer(changes["tokenizer_path"])
     changes |= {name: value for name, value in (("eos_id", eos_id), ("pad_id", pad_id)) if value >= 0}
     return dataclasses.replace(config, **changes)
 

@@ -34,6 +34,13 @@ class UserError(ValueError):
     """Something that the user can fix, reported in one line: the field or file, its value, what it must be."""
 
 
+class TemporaryError(Exception):
+    """Something outside the program failed (a disk, the network, another process), reported in one line.
+
+    The same command may succeed: a program ends with the status that asks for another start, not with that of an error.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
     """An array on the disk, read when it is needed and not kept: what is converted need not fit into memory."""

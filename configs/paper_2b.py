@@ -55,6 +55,7 @@ def get_config():
     config.train.update(
         compute_dtype="bfloat16", log_every=100, eval_every=5000, checkpoint_every=1000, keep_checkpoints=3
     )
-    config.train.update(mesh_data=1, mesh_fsdp=0)
+    # docs/scaling.md has why so many seconds and minutes.
+    config.train.update(mesh_data=1, mesh_fsdp=0, hang_timeout=1800.0, checkpoint_minutes=30.0)
     config.sample.update(steps=16, guidance_scale=7.0, max_new_tokens=32)
     return config

@@ -12,6 +12,7 @@ from absl import flags
 
 from cola_jax import cli, config, sharding
 from cola_jax.evaluation import conversion
+from cola_jax.train import saved
 from cola_jax.types import UserError
 
 _FROM = flags.DEFINE_string("from", None, "a released checkpoint, or the directory of a run")
@@ -28,14 +29,15 @@ _MESH = {n: flags.DEFINE_integer(f"mesh_{n}", 1, "to a run: devices along this a
 def main() -> None:
     if not _FROM.value or not _TO.value:
         raise UserError(f"--{'to' if _FROM.value else 'from'} is missing: it must name a directory")
-    if not conversion.is_released(_FROM.value):
+    source = str(saved.fetched(_FROM.value, "--from", _STEP.value))
+    if not conversion.is_released(source):
         shard, overwrite = int(_SHARD.value * 1e9), _OVERWRITE.value
-        conversion.to_released(_FROM.value, _TO.value, _DTYPE.value, shard, overwrite, _STEP.value)
+        conversion.to_released(source, _TO.value, _DTYPE.value, shard, overwrite, _STEP.value)
         return
     mesh = None
     if any(flag.value != 1 for flag in _MESH.values()):
         mesh = sharding.make_mesh(config.TrainConfig(**{f"mesh_{axis}": flag.value for axis, flag in _MESH.items()}))
-    conversion.to_run(_FROM.value, _TO.value, _DTYPE.value or "float32", mesh, _EOS_ID.value, _PAD_ID.value)
+    conversion.to_run(source, _TO.value, _DTYPE.value or "float32", mesh, _EOS_ID.value, _PAD_ID.value)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ The same command resumes a run that was stopped. Everything is kept in --workdir
 slice or node) it only compiles the run's steps for such devices and reports memory, FLOPs and tokens per second.
 
 On TPU VMs and in SLURM steps every process of the run finds the others; elsewhere --coordinator=host:port
---process_count=N --process_id=I. Exit status: 0 done, 2 bad input, 3 diverged, 75 stopped and saved, or another process
-lost: start again, 76 hung.
+--process_count=N --process_id=I. Exit status: 0 done, 2 bad input, 3 diverged, 75 stopped and saved, or a disk, the
+network or another process failed: start again, 76 hung.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from cola_jax import cli, families, rng, runs
+from cola_jax import cli, families, paths, rng, runs
 from cola_jax.evaluation import evaluators
 from cola_jax.train import experiment, loop, plan, reports, trainer, workdir
 
@@ -59,7 +59,7 @@ def main() -> None:
     plan.check_kernels(config)
     chosen = evaluators.names(config.evaluation, config, family)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    directory = Path(_WORKDIR.value or Path("runs") / name).absolute()
+    directory = paths.local(_WORKDIR.value or Path("runs") / name, "--workdir")
     profile_steps = _PROFILE()
     workdir.claim(config, directory)
     parts = experiment.build(config, directory)

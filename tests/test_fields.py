@@ -38,6 +38,8 @@ class Outer:
         ({"limit": 6.0}, "x limit = 6.0: must be None or at most 5"),
         ({"limit": float("nan")}, "x limit = nan: must be None or a finite number"),
         ({"limit": float("-inf")}, "x limit = -inf: must be None or a finite number"),
+        ({"limit": -1e39}, "x limit = -1e+39: must be None or 0, or from 1.18e-38 to 3.4e+38 in magnitude: float32"),
+        ({"pair": (0.0, 1e-40)}, "x pair = (0.0, 1e-40): must be 0, or from 1.18e-38 to 3.4e+38 in magnitude: float32"),
         ({"pair": (2.0, 1.0)}, "x pair = (2.0, 1.0): must be each at least 0 and in order"),
         ({"pair": (-1.0, 1.0)}, "x pair = (-1.0, 1.0): must be each at least 0 and in order"),
         ({"pair": (0.0, float("nan"))}, "x pair = (0.0, nan): must be a finite number"),

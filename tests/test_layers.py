@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-    ("types", "fields", "config", "nested", "rng"),
+    ("types", "fields", "config", "nested", "paths", "rng"),
     ("nn", "flow", "data", "sharding"),
     ("models",),
     ("objectives", "sampling", "likelihood", "released"),
@@ -25,6 +25,7 @@ ONLY = {
     "fields": {"types"},
     "config": {"types", "fields"},
     "nested": set(),
+    "paths": {"types"},
     "rng": {"types"},
     "flow": {"flow", "rng", "types"},
     "nn": {"nn", "types"},

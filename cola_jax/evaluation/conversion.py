@@ -1,6 +1,6 @@
 """Released checkpoints to runs and back, with what each needs besides the parameters."""
 
-import os
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from cola_jax import config as configs
-from cola_jax import release
+from cola_jax import paths, release
 from cola_jax.data import run_tokenizer
 from cola_jax.families import cola
 from cola_jax.released import files
@@ -57,7 +57,7 @@ def to_run(
     Raises:
       UserError: see `release.load`; the target is not empty; the disk is full.
     """
-    source, target = Path(source).absolute(), Path(target).absolute()
+    source, target = saved.fetched(source, "--from").absolute(), paths.local(target, "--to")
     config = cola.released_config(release.read_model(source), eos_id, pad_id)
     tokenizer = _has_tokenizer(source, config.data)
     dtype = files.dtype_of(dtype, "--dtype").name
@@ -87,6 +87,33 @@ def _kept(run: Path) -> dict | None:
     return kept
 
 
+def _own_tokenizer(run: Path, data: configs.DataConfig, trained_with: str) -> Path | None:
+    """The tokenizer.json to publish with a run: one that can be read as such, and that its checkpoint was trained with.
+
+    The config of a run that somebody else made may name any file of this machine.
+
+    Args:
+      run: the run's directory, where the file is looked for first.
+      data: its config.
+      trained_with: name and fingerprint, as the checkpoint has them; "": not known, then only the directory's own.
+
+    Raises:
+      UserError: the file is no tokenizer.json, or another one.
+    """
+    own = run / release.TOKENIZER
+    file = own if own.exists() or not data.tokenizer_path else Path(data.tokenizer_path)
+    if data.tokenizer != "huggingface" or not file.exists():
+        return None
+    found = run_tokenizer.create(dataclasses.replace(data, tokenizer_path=str(file)), file)
+    known = trained_with or file == own
+    if not known or trained_with and f"{found.name} {found.fingerprint}" != trained_with:
+        raise UserError(
+            f"{file}: not the tokenizer of this run (its hash differs) and not published: "
+            f"must be the one that it was trained with, as {own}"
+        )
+    return file
+
+
 def to_released(
     source: str,
     target: str,
@@ -107,26 +134,26 @@ def to_released(
     Raises:
       UserError: see `saved.open_lazily` and `release.save`.
     """
-    loaded = saved.open_lazily(source, step)
+    target = str(paths.local(target, "--to"))
+    loaded = saved.open_lazily(saved.fetched(source, "--from", step), step)
     run, data, config = loaded.tokenizer_path.parent, loaded.config.data, loaded.config
     if not isinstance(config, cola.ColaConfig):
         raise UserError(f"{source}: a run of family {config.family!r}; the released layout is that of 'cola'")
     if not config.vae.vocab_size:
         config = cola.resolve(config, run_tokenizer.create(data, loaded.tokenizer_path).vocab_size)
     model = cola.make_model(config)
-    file = Path(data.tokenizer_path or run / release.TOKENIZER)
-    has_file = data.tokenizer == "huggingface" and os.path.exists(file)
+    file = _own_tokenizer(run, data, loaded.tokenizer)
     release.save(
         target,
         model,
         loaded.variables,
         dtype=None if dtype is None else files.dtype_of(dtype, "--dtype").name,
         kept=_kept(run),
-        tokenizer=file if has_file else None,
+        tokenizer=file,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=_Report("converting"),
     )
     print(f"{target}: step {loaded.step} of {source} in the released layout", flush=True)
-    if not has_file:
+    if file is None:
         print(f"without {release.TOKENIZER}: the run's tokenizer is {data.tokenizer}", flush=True)

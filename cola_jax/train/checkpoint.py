@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from cola_jax import config as configs
 from cola_jax.train import verified
 from cola_jax.train.state import TrainState
-from cola_jax.types import LazyArray, Params, PyTree, UserError
+from cola_jax.types import LazyArray, Params, PyTree, TemporaryError, UserError
 
 _COMMIT_TIMEOUT = 1200  # seconds that a process waits for the others to have written their part of a step
 _ARRAY_ITEMS = ("params", "ema", "training")
@@ -92,7 +92,7 @@ class Checkpoints:
           data: the position in the data, as JSON; the same for all processes.
 
         Raises:
-          UserError: this or the previous save failed (the disk is full, for example).
+          TemporaryError: this or the previous save failed (the disk is full, for example).
         """
         items = _items(state)
         body = {
@@ -112,18 +112,17 @@ class Checkpoints:
                 step, args=ocp.args.Composite(**arguments, meta=meta, files=verified.FilesSave()), force=True
             )
         except Exception as error:
-            raise UserError(
-                f"checkpoint {self.directory / str(step)}: not saved: {verified.one_line(error)}"
-            ) from error
+            place = self.directory / str(step)
+            raise TemporaryError(f"checkpoint {place}: not saved: {verified.one_line(error)}") from error
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises UserError if it could not be written."""
+        """Returns when what was saved is on disk; raises TemporaryError if it could not be written."""
         if self._manager is None:
             return
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise UserError(f"checkpoint {self.directory}: not saved: {verified.one_line(error)}") from error
+            raise TemporaryError(f"checkpoint {self.directory}: not saved: {verified.one_line(error)}") from error
 
     def close(self) -> None:
         """Waits and frees the background threads."""

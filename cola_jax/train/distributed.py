@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cola_jax.types import UserError
+from cola_jax.train import interrupts
+from cola_jax.types import TemporaryError, UserError
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ def _given(coordinator: str | None, process_count: int | None, process_id: int |
 
 def _give_up(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(interrupts.RESTART)
 
 
 def initialize(
@@ -100,11 +101,12 @@ def initialize(
       coordinator: ``host:port`` of process 0, which listens there.
       process_count: how many processes there are.
       process_id: from 0 to ``process_count - 1``.
-      timeout: seconds to wait for the others. If they do not join, the process ends with one line and status 2:
-        JAX itself would abort it.
+      timeout: seconds to wait for the others. If they do not join, the process ends with one line and the status that
+        asks for another start (`interrupts.RESTART`): JAX itself would abort it.
 
     Raises:
-      UserError: a value is not allowed, or JAX cannot start.
+      UserError: a value is not allowed.
+      TemporaryError: JAX cannot start (a port or a device is taken, a machine is not there).
     """
     if timeout <= 0:
         raise UserError(f"--join_timeout = {timeout:g}: must be a positive number of seconds")
@@ -125,7 +127,8 @@ def initialize(
         jax.devices()  # the first use of a device waits for the others too
     except (RuntimeError, ValueError) as error:
         lines = str(error).splitlines() or [""]
-        raise UserError(f"{place}: {type(error).__name__}: {lines[0]}") from error
+        kind = UserError if isinstance(error, ValueError) else TemporaryError
+        raise kind(f"{place}: {type(error).__name__}: {lines[0]}") from error
     finally:
         timer.cancel()
 
@@ -139,22 +142,22 @@ def all_true(value: bool) -> bool:
 
 @functools.cache
 def _over_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """A sharding with one element on each device, and the maximum over such an array, which every process has."""
+    """A sharding with one row on each device, and the maximum over such rows, which every process has."""
     mesh = Mesh(np.asarray(jax.devices()), ("devices",))
-    return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(
-        jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
+    largest = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return NamedSharding(mesh, PartitionSpec("devices")), largest
 
 
-def any_true(value: bool) -> jax.Array:
-    """Whether ``value`` is true in any process. Every process calls it, in the same order.
+def any_true(*values: bool) -> jax.Array:
+    """Which of some values are true in any process. Every process calls it, in the same order.
 
     Returns:
-      A boolean () that is there when the computations before it are done: nobody waits for it here.
+      Booleans [number of values] that are there when the computations before them are done: nobody waits for them here.
     """
     sharding, maximum = _over_devices()
-    mine = np.full(1, value)
-    return maximum(jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: mine))
+    mine = np.asarray([values], bool)
+    shape = (jax.device_count(), len(values))
+    return maximum(jax.make_array_from_callback(shape, sharding, lambda index: mine))
 
 
 def same(values: list[int], size: int = 64) -> bool:
@@ -171,7 +174,7 @@ def first(make: Callable[[], T]) -> T:
     """``make()`` in process 0, then in the others: what it writes once, they find.
 
     Raises:
-      UserError: ``make`` raised it; in every process, whichever it was.
+      UserError, TemporaryError: ``make`` raised it, or an OSError; in every process, whichever it was.
     """
     if jax.process_count() == 1:
         return make()
@@ -180,10 +183,13 @@ def first(make: Callable[[], T]) -> T:
         if turn == (jax.process_index() == 0):
             try:
                 result = make()
-            except UserError as caught:
+            except (UserError, TemporaryError, OSError) as caught:
                 error = caught
         if not all_true(error is None):
-            raise error or UserError("another process could not go on; it has said why")
+            lasting = all_true(error is None or not interrupts.is_temporary(error))
+            if error is not None:
+                raise error
+            raise (UserError if lasting else TemporaryError)("another process could not go on; it has said why")
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cola_jax import families
+from cola_jax import families, paths
 from cola_jax.config import Config
 from cola_jax.data import manifest, pipeline, run_tokenizer
 from cola_jax.families.interface import Stage
@@ -45,7 +45,8 @@ def build(config: Config, workdir: Path) -> Experiment:
       UserError: see the tokenizers and the corpora.
     """
     file = workdir / manifest.TOKENIZER_FILES.get(config.data.tokenizer, "tokenizer.model")
-    tokenizer = distributed.first(lambda: run_tokenizer.create(config.data, file))
+    data = dataclasses.replace(config.data, tokenizer_path=local_tokenizer(config.data.tokenizer_path))
+    tokenizer = distributed.first(lambda: run_tokenizer.create(data, file))
     family = families.of(config)
     config = family.resolve(config, tokenizer.vocab_size)
     model = family.model(config)
@@ -58,6 +59,11 @@ def build(config: Config, workdir: Path) -> Experiment:
         model=model,
         tokenizer=tokenizer,
     )
+
+
+def local_tokenizer(path: str) -> str:
+    """`config.data.tokenizer_path`, or a copy of it where it is in a bucket."""
+    return str(paths.fetched(path, "config.data.tokenizer_path")) if paths.scheme(path) else path
 
 
 def data_seed(seed: int, stage: int) -> int:

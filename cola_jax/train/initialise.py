@@ -29,7 +29,8 @@ def load(init_from: str | Mapping[str, str], target: Mapping[str, PyTree]) -> di
     for path in dict.fromkeys(paths.values()):
         groups = {group: target[group] for group in target if paths.get(group) == path}
         try:
-            found |= _released(path, groups) if release.is_released(path) else saved.load_groups(path, groups)
+            place = str(saved.fetched(path, "config.train.init_from"))
+            found |= _released(place, groups) if release.is_released(place) else saved.load_groups(place, groups)
         except UserError as error:
             raise UserError(f"config.train.init_from = {init_from!r}: {error}") from error
     return found

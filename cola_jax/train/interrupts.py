@@ -1,11 +1,14 @@
-"""What ends a run from outside: signals, and steps that never end. And the statuses a process ends with.
+"""What ends a run from outside: signals, failing machines, steps that never end. And the statuses a process ends with.
 
-Exit status: 0 done, 2 something the user can fix, 3 training diverged, 75 stopped with its state saved or another
-process lost, 76 hung, 130 Ctrl-C. After 75, 76 and 128 + a signal that nobody catches the same command resumes.
+Exit status: 0 done, 2 something the user can fix, 3 training diverged, 75 stopped with its state saved, or something
+outside the program failed (a disk, the network, another process), 76 hung, 130 Ctrl-C. After 75, 76 and 128 + a signal
+that nobody catches the same command resumes; after 2 and 3 it would end in the same way.
 """
 
+import errno
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,9 +16,40 @@ import time
 
 import jax
 
+from cola_jax.types import TemporaryError, UserError
+
 DONE, BAD_INPUT, DIVERGED = 0, 2, 3
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 HUNG = 76
+
+# A path, a permission or a name: the same command would find them as they are. All else (EIO, ESTALE, ENOSPC, ...) is
+# of a machine or a network, and may be gone on the next start.
+_OF_USERS = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EXDEV)
+    + (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.ENOTSUP)
+)
+
+
+def is_temporary(error: BaseException, but: tuple[int, ...] = ()) -> bool:
+    """Whether an exception, or one that it came from, is of something outside the program that another start may mend.
+
+    Args:
+      error: a TemporaryError, an OSError whose errno is not one of paths and permissions, or a UserError or error of
+        TensorStore (which names the errno in its text) that was made of one.
+      but: errnos that do not count.
+    """
+    known, seen = {*_OF_USERS, *but}, set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, TemporaryError):
+            return True
+        numbers = [error.errno] if isinstance(error, OSError) and error.errno is not None else []
+        if not isinstance(error, UserError):  # whose text may quote anything
+            numbers += map(int, re.findall(r"\[OS error (\d+)", str(error)))
+        if any(number not in known for number in numbers):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Interrupted(Exception):

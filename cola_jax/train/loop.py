@@ -1,9 +1,9 @@
 """A whole run: its stages one after another, resumable at every moment.
 
 A run's directory holds `config.json`, `tokenizer.model` (if the tokenizer was trained here), a directory of checkpoints
-for each stage (`stage1/`, ...), `metrics.jsonl`, `samples.jsonl`, `timing.jsonl` and `tensorboard/`. The same
-command on the same directory resumes where the last process stopped, with the same result, bit for bit, as if it had
-not stopped.
+for each stage (`stage1/`, ...), `metrics.jsonl`, `samples.jsonl`, `timing.jsonl`, `starts.jsonl` and `tensorboard/`.
+The same command on the same directory resumes where the last process stopped, with the same result, bit for bit, as if
+it had not stopped.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import jax
 
-from cola_jax import sharding
+from cola_jax import paths, sharding
 from cola_jax.config import Config
-from cola_jax.train import initialise, workdir
+from cola_jax.train import initialise, interrupts, starts, workdir
 from cola_jax.train import state as states
 from cola_jax.train.experiment import Experiment, build
 from cola_jax.train.trainer import Monitors, Sampler, Trainer
-from cola_jax.types import PyTree, UserError
+from cola_jax.types import PyTree, TemporaryError, UserError
 
 
 def train(
@@ -46,16 +46,22 @@ def train(
       The final state of the last stage.
 
     Raises:
-      UserError: config, data or directory do not fit; nothing can be read or written (the disk is full, for example).
+      UserError: config, data or directory do not fit.
+      TemporaryError: nothing can be read or written (the disk is full, for example), or another process is in trouble.
       NonFiniteLoss: training diverged.
       Interrupted: SIGTERM or Ctrl-C.
     """
-    directory = Path(directory).absolute()
+    directory = paths.local(directory, "--workdir")
     try:
         return _train(config, directory, experiment, sampler, log, profile_steps)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise UserError(f"--workdir = {directory}: training stopped: {reason}; what was saved is intact") from error
+        message = f"--workdir = {directory}: training stopped: {reason}; what was saved is intact"
+        raise TemporaryError(message) from error
+    except UserError as error:
+        if interrupts.is_temporary(error):
+            raise TemporaryError(str(error)) from error
+        raise
 
 
 def _train(config: Config, directory: Path, experiment, sampler, log, profile_steps) -> states.TrainState:
@@ -64,6 +70,7 @@ def _train(config: Config, directory: Path, experiment, sampler, log, profile_st
     if jax.process_index():
         log = _silent
     experiment = experiment or build(config, directory)
+    starts.record(config, directory, log)
     mesh = sharding.make_mesh(config.train)
     trained = [i for i, stage in enumerate(experiment.stages) if stage.steps] or [0]
     monitors = Monitors(config, directory, profile_steps, trained[-1] + 1)

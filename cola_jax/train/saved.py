@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import jax
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from cola_jax import config as configs
-from cola_jax import families
+from cola_jax import families, paths
 from cola_jax.train import verified
 from cola_jax.types import LazyArray, Params, PyTree, UserError
+
+_RELEASED_PARTS = ("cola_vae", "cola_dit")
 
 
 class Saved(NamedTuple):
@@ -42,6 +44,52 @@ def stage_directory(path: str | Path) -> tuple[Path, list[int]]:
         if steps := verified.step_directories(directory):
             return directory, steps
     raise UserError(f"{path}: no checkpoint here; it must be the directory of a run with stage1/<step>")
+
+
+def fetched(path: str | Path, field: str, step: int | None = None) -> Path:
+    """The directory of a run, of one of its stages, or a released one: where it is, or a copy of it out of a bucket.
+
+    Of a run in a bucket only one checkpoint is copied: ``step``, or the newest of the last stage.
+
+    Args:
+      path: the directory.
+      field: the flag or field that it was given for.
+      step: of the last stage.
+
+    Raises:
+      UserError: nothing is there, or it cannot be read from here.
+      TemporaryError: the network failed.
+    """
+    if not paths.scheme(path):
+        return Path(path)
+    url = str(path).rstrip("/")
+    names, stage = paths.listed(url, field), ""
+    if any(name.isdigit() for name in names):  # of a stage
+        (url, _, stage), steps = url.rpartition("/"), names
+        inside = stage
+    else:
+        inside, steps = "", []
+        for name in sorted((name for name in names if name.startswith("stage")), reverse=True):
+            stage, steps = name, paths.listed(f"{url}/{name}", field)
+            if any(step.isdigit() for step in steps):
+                break
+    numbers = sorted(int(name) for name in steps if name.isdigit())
+    if numbers:
+        newest = _steps_to_try(Path(url.rpartition("/")[2]) / stage, numbers[::-1], step)[0]
+        folders = {(stage, str(newest))}
+    else:
+        folders = {(name,) for name in names if name in _RELEASED_PARTS}
+    if not folders:
+        raise UserError(f"{field} = {path}: no checkpoint here; it must be the directory of a run with stage1/<step>")
+
+    def wanted(name: PurePosixPath) -> bool:
+        return (
+            len(name.parts) == 1
+            and name.suffix in (".json", ".model")
+            or any(name.parts[: len(folder)] == folder for folder in folders)
+        )
+
+    return paths.fetched(url, field, wanted) / inside
 
 
 def _steps_to_try(directory: Path, steps: list[int], step: int | None) -> list[int]:

@@ -97,7 +97,9 @@ class Trainer:
         self._position: str | None = None  # in the data, as JSON
         self._saved: int | None = None
         self._skipped = 0
-        self._stop: jax.Array | bool = False  # whether a process was asked to stop before the last step
+        self._saved_at = time.monotonic()
+        # Whether a process was asked to stop before the last step, and whether a save was due by the clock.
+        self._asked: jax.Array | tuple[bool, bool] = (False, False)
 
     def __enter__(self) -> "Trainer":
         return self
@@ -149,6 +151,7 @@ class Trainer:
             iterator.restore(self._position, self.step)
         writes = jax.process_index() == 0
         writer = reports.Writer(self._workdir, self.number, self.step, total, self._cost, self._log, writes)
+        self._saved_at = time.monotonic()
         try:
             self._loop(train_step, iterator, writer)
         finally:
@@ -168,7 +171,8 @@ class Trainer:
             if pending is not None:
                 self._guard(*pending, positions, writer)
             pending = (self.step, values)
-            due, stop = self._due(), self._is_asked_to_stop()
+            stop, late = self._is_asked()
+            due = self._due(late)
             is_profiled = self._monitors.profile.ends_after(self.step, self.number)
             if warm and not (any(due) or stop or is_profiled):
                 continue
@@ -206,20 +210,31 @@ class Trainer:
         clock.count(iterator.tokens, waited)
         return values
 
-    def _due(self) -> tuple[bool, bool, bool]:
-        """Whether to log, evaluate and save after this step."""
+    def _due(self, late: bool) -> tuple[bool, bool, bool]:
+        """Whether to log, evaluate and save after this step; ``late``: a save is due by the clock."""
         settings, last = self._config.train, self.step == self.stage.steps
         every = [settings.log_every, settings.eval_every, settings.checkpoint_every]
         log, evaluate, save = (last or self.step % n == 0 for n in every)
-        return log or self.step == 1, evaluate, save or self.step in self._milestones
+        return log or self.step == 1, evaluate, save or late or self.step in self._milestones
 
-    def _is_asked_to_stop(self) -> bool:
-        """After this step; in all processes or in none: several processes learn of a signal one step later."""
-        stop = self._monitors.signals.received is not None
+    def _is_asked(self) -> tuple[bool, bool]:
+        """Whether to stop, and to save by the clock (`train.checkpoint_minutes`), after this step.
+
+        In all processes or in none: several processes learn of a signal, and of the clock of process 0, one step later.
+        """
+        stop, late = self._monitors.signals.received is not None, self._is_late()
         if jax.process_count() > 1:
-            before, self._stop = self._stop, distributed.any_true(stop)
-            return bool(before)
-        return stop
+            before, self._asked = self._asked, distributed.any_true(stop, late)
+            stop, late = (bool(value) for value in np.asarray(before))
+        return stop, late
+
+    def _is_late(self) -> bool:
+        """Whether the last save is as long ago as `train.checkpoint_minutes`, by the clock of process 0."""
+        minutes, now = self._config.train.checkpoint_minutes, time.monotonic()
+        if not minutes or jax.process_index() or now - self._saved_at < 60 * minutes:
+            return False
+        self._saved_at = now  # asked once: where there are several processes the save comes a step later
+        return True
 
     def _evaluator(self) -> Callable[[states.TrainState], dict[str, float]]:
         """A function from state to metrics over the first held-out batches, which are read once."""
@@ -285,7 +300,7 @@ class Trainer:
         if step != self._saved:
             config, fingerprint = self._config, self._fingerprint
             self._checkpoints.save(step, state, config=config, fingerprint=fingerprint, data=position)
-            self._saved = step
+            self._saved, self._saved_at = step, time.monotonic()
 
     def _interrupt(self) -> None:
         self._checkpoints.wait()

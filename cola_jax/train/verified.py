@@ -4,6 +4,7 @@ Orbax has no checksums over arrays: one flipped bit would load silently. The has
 mesh; the checksums cover what the arrays do not need, such as Orbax's own descriptions.
 """
 
+import errno
 import gc
 import json
 import os
@@ -15,11 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from cola_jax.train import distributed
-from cola_jax.types import UserError
+from cola_jax.train import distributed, interrupts
+from cola_jax.types import TemporaryError, UserError
 
 _FILES = "files.json"
 # Larger files hold arrays, which have hashes: reading them once more would double the time of a restore.
@@ -44,19 +44,15 @@ def _array_hash(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-@jax.jit
-def _hash_all(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_array_hash(x) for x in arrays])
+_hash = jax.jit(_array_hash)
 
 
 def hashes(items: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
-    """The hash of every array by item and name; of global arrays in all processes together."""
-    names = [(item, name) for item, arrays in items.items() for name in arrays]
-    values = np.asarray(_hash_all([items[item][name] for item, name in names]))
-    found = {item: {} for item in items}
-    for (item, name), value in zip(names, values, strict=True):
-        found[item][name] = int(value)
-    return found
+    """The hash of every array by item and name; of global arrays in all processes together.
+
+    One array after another: what XLA's CPU backend needs besides is as large as what it hashes.
+    """
+    return {item: {name: int(_hash(x)) for name, x in arrays.items()} for item, arrays in items.items()}
 
 
 def checksum(body: dict) -> int:
@@ -95,29 +91,38 @@ def newest_valid(
       steps: which to try, newest first; None: all.
 
     Raises:
-      UserError: the processes do not see the same steps; or from ``load``.
+      UserError: from ``load``.
+      TemporaryError: the processes do not see the same steps (a file system that is late: `workdir.claim` has seen that
+        they share it); or a step could not be read now, which says nothing of its files (`interrupts.is_temporary`; an
+        input/output error may be a bad sector, which stays, so that it counts as damage).
     """
     steps = step_directories(directory) if steps is None else steps
     if not distributed.same(steps):
-        raise UserError(f"checkpoint {directory}: must be a directory that all processes see; their steps differ")
+        raise TemporaryError(
+            f"checkpoint {directory}: the processes do not see the same steps; all must see one directory"
+        )
     hook = sys.unraisablehook
     # Orbax abandons coroutines when a file is damaged, and Python would print a traceback for each.
     sys.unraisablehook = lambda _: None
     try:
         for step in steps:
-            found, failure = None, None
+            found, failure, away = None, None, None
             try:
                 found = load(directory / str(step))
             except UserError:
                 raise
             except Exception as error:  # a damaged file raises whatever its reader raises
                 failure = one_line(error)
+                if interrupts.is_temporary(error, but=(errno.EIO,)):
+                    away = TemporaryError(f"checkpoint {directory / str(step)}: cannot be read now: {failure}")
             if distributed.all_true(failure is None):
                 failure = verify(found)
                 if failure is None:
                     return step, found
             del found
             gc.collect()
+            if away is not None:
+                raise away
             failure = failure or "another process cannot read it"
             report(f"checkpoint {directory / str(step)} is damaged and not used: {failure}")
         return None
@@ -173,11 +178,16 @@ def _file_sums(directory: Path, skip: str) -> dict[str, list[int]]:
 
 
 def check_files(path: Path) -> None:
-    """Raises ValueError that names the first file of a step that is not as it was when the step was committed."""
+    """Raises ValueError that names a file of a step that is not as it was when the step was committed.
+
+    Each process looks at its share of the files; `newest_valid` has all of them agree.
+    """
     saved, item = json.loads((path / "files" / _FILES).read_text()), "files"
     if checksum(saved["files"]) != saved["checksum"]:
         raise ValueError(f"{item}/{_FILES} does not match its checksum")
-    for name, (size, sum_) in saved["files"].items():
+    names = sorted(saved["files"])
+    for name in names[jax.process_index() :: jax.process_count()]:
+        size, sum_ = saved["files"][name]
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")

@@ -1,5 +1,6 @@
 """The directory that belongs to one run alone."""
 
+import fnmatch
 import functools
 import json
 from pathlib import Path
@@ -12,19 +13,37 @@ from cola_jax.config import Config
 from cola_jax.train import distributed, reports
 from cola_jax.types import UserError
 
-# Where and how a run is computed, what is kept and how it is evaluated: these may change from one start to the next.
+# How a run is computed, watched, kept and evaluated: these may change from one start to the next, so that a run can
+# move to other devices. All of them leave what is computed as it is, but for rounding.
 _FREE_FIELDS = (
+    # where: the mesh, and what it divides
     *(f"train.mesh_{axis}" for axis in configs.MESH_AXES),
-    *("train.hang_timeout", "train.peak_flops", "train.keep_checkpoints"),
-    *("train.milestone_steps", "train.milestone_exaflops", "evaluation"),
+    "train.axes.*",
+    # what it reads, if that has the fingerprint of what it has read so far: another folder, or a mixture's next phase
+    "data.files",
+    # how: memory against time, kernels, who prepares batches (whether their order allows it, their fingerprint says)
+    *("*.accumulation", "*.remat", "*.unroll", "*.attention_kernel", "*.logit_chunk", "data.num_workers"),
+    # what is told, and how often
+    *("train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples"),
+    *("train.peak_flops", "train.hang_timeout"),
+    # what is saved and kept
+    *("train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.milestone_*"),
+    # how texts are generated and judged
+    *("sample.*", "evaluation.*"),
 )
+
+
+def is_free(name: str) -> bool:
+    """Whether a field of a config ("group.field") may change when a run is started again."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FREE_FIELDS)
 
 
 def claim(config: Config, workdir: Path) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
-    These may differ: the mesh, how long a step may take, which checkpoints are kept, how the run is evaluated. A run
-    that ended before it had anything but its config (a file of its data was missing, say) may begin with another.
+    These may differ (`is_free`): the devices and how they are used (mesh, accumulation, what is computed again,
+    kernels), how often something is logged, evaluated and saved, what is kept, how the run is evaluated. A run that
+    ended before it had anything but its config (a file of its data was missing, say) may begin with another.
 
     Raises:
       UserError: another config; names each field that differs. Nothing is touched. Or the directory cannot be
@@ -48,7 +67,7 @@ def read_config(workdir: Path) -> dict:
 
 def _claim(config: Config, workdir: Path) -> None:
     now = json.loads(json.dumps(configs.to_dict(config)))
-    begun = any(path.name != "config.json" for path in workdir.glob("*"))
+    begun = any(path.name not in ("config.json", "starts.jsonl") for path in workdir.glob("*"))
     if (workdir / "config.json").exists() and (begun or jax.process_index() > 0):
         _check(read_config(workdir), now, workdir)
     elif jax.process_index() == 0:
@@ -70,11 +89,7 @@ def _check(saved: dict, now: dict, workdir: Path) -> None:
         raise UserError(f"{workdir}: holds a run of family {family!r}, not {now['family']!r}; choose another --workdir")
     default = json.loads(json.dumps(families.default(family)))
     before = nested.leaves(nested.filled(saved, default))
-    changes = [
-        difference
-        for difference in nested.differences(before, nested.leaves(now))
-        if not difference.name.startswith(_FREE_FIELDS)
-    ]
+    changes = [change for change in nested.differences(before, nested.leaves(now)) if not is_free(change.name)]
     if changes:
         shown = ", ".join(map(str, changes))
         raise UserError(f"{workdir}: holds a run with another config ({shown}); choose another --workdir")

@@ -159,6 +159,56 @@ def test_tokenizer_of_a_released_directory(released, run, tmp_path):
         runs.load(str(run), eos_id=1)
 
 
+def with_meta(run, place, change):
+    """A copy of a run with something else in the description of its checkpoint."""
+    shutil.copytree(run, place)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(place / "stage2/0/meta")
+        change(meta["body"])
+        meta["checksum"] = verified.checksum(meta["body"])
+        shutil.rmtree(place / "stage2/0/meta")
+        checkpointer.save(place / "stage2/0/meta", args=ocp.args.JsonSave(meta))
+    return place
+
+
+def test_only_the_tokenizer_of_the_run_is_published(released, run, tmp_path):
+    """The config of a run from somewhere else may name any file of this machine."""
+    secret, other = tmp_path / "secret", tmp_path / "other.json"
+    secret.write_text("password")
+    changed = json.loads(tokenizer_json())
+    changed["model"]["vocab"]["!"] = 61
+    other.write_text(json.dumps(changed))
+    for number, (file, known, words) in enumerate(
+        [
+            (secret, True, "secret: not a tokenizer.json"),
+            (other, True, r"other.json: not the tokenizer of this run \(its hash differs\) and not published"),
+            (other, False, "other.json: not the tokenizer of this run"),
+        ]
+    ):
+
+        def change(body, file=file, known=known):
+            body["config"]["data"]["tokenizer_path"] = str(file)
+            if not known:
+                body["fingerprint"]["tokenizer"] = ""
+
+        place = with_meta(run, tmp_path / f"run{number}", change)
+        (place / "tokenizer.json").unlink()
+        with pytest.raises(UserError, match=words):
+            conversion.to_released(str(place), str(tmp_path / "back"))
+        assert not (tmp_path / "back").exists()
+    # One that is elsewhere and the run's own, by its hash; and the directory's own before all others.
+    place = with_meta(
+        run,
+        tmp_path / "moved",
+        lambda body: body["config"]["data"].update(tokenizer_path=str(released / "tokenizer.json")),
+    )
+    conversion.to_released(str(place), str(tmp_path / "one"))
+    (place / "tokenizer.json").unlink()
+    conversion.to_released(str(place), str(tmp_path / "two"))
+    for name in ("one", "two"):
+        assert (tmp_path / name / "tokenizer.json").read_text() == tokenizer_json()
+
+
 def test_damaged_origin(run, tmp_path):
     place = tmp_path / "run"
     shutil.copytree(run, place)

@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 import shutil
 
 import jax
@@ -12,7 +14,7 @@ from cola_jax.config import TrainConfig
 from cola_jax.train import checkpoint as checkpoints
 from cola_jax.train import saved, verified
 from cola_jax.train.state import evaluation_params
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 WITH_EMA = dataclasses.replace(OPTIMIZER, ema=0.9)
 
@@ -106,6 +108,65 @@ def test_damaged_newest_step_is_passed_over(toy, tmp_path, item, damage):
     save(manager, state, 2)  # the run comes by here again
     assert manager.restore(target)[0] == 2
     manager.close()
+
+
+@pytest.mark.parametrize("number, restored", [(errno.ESTALE, None), (errno.ETIMEDOUT, None), (errno.EIO, 1)])
+def test_a_step_that_cannot_be_read_now_is_not_set_aside(toy, tmp_path, monkeypatch, number, restored):
+    """A file server that was away would else cost the newest step; a bad sector stays bad."""
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=3, report=lambda line: None)
+    save(manager, state, 1, 2)
+    read = verified.read_meta
+
+    def fail(path):
+        if path.name == "2":
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(verified, "read_meta", fail)
+    if restored is None:
+        with pytest.raises(TemporaryError, match=f"2: cannot be read now: .*{os.strerror(number)}"):
+            manager.restore(target)
+    else:
+        assert manager.restore(target)[0] == restored
+    assert (tmp_path / "rejected").exists() == (restored is not None)
+    manager.close()
+
+
+def test_each_process_checks_its_share_of_the_files(toy, tmp_path, monkeypatch):
+    """Together all of them, and none twice."""
+    manager = checkpoints.Checkpoints(tmp_path, keep=3)
+    save(manager, toy[0], 1)
+    manager.close()
+    step, victims = tmp_path / "1", []
+    names = [path for path in sorted(step.glob("*/**/*")) if path.is_file() and path.parent.name != "files"]
+    assert len(names) > 6
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for path in names:
+        content = path.read_bytes()
+        path.write_bytes(content + b"x")
+        failed = []
+        for index in range(3):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            try:
+                verified.check_files(step)
+            except ValueError as error:
+                assert path.name in str(error)
+                failed.append(index)
+        assert len(failed) == 1
+        victims += failed
+        path.write_bytes(content)
+    shares = [victims.count(index) for index in range(3)]
+    assert sum(shares) == len(names) and max(shares) - min(shares) <= 1
+
+
+def test_arrays_are_hashed_one_after_another(monkeypatch):
+    """What is needed besides is that of the largest, not of all."""
+    sizes, hash_ = [], verified._hash
+    monkeypatch.setattr(verified, "_hash", lambda x: sizes.append(x.size) or hash_(x))
+    arrays = {name: jnp.arange(size, dtype=jnp.float32) for name, size in (("a", 3), ("b", 5))}
+    found = verified.hashes({"x": arrays})
+    assert sizes == [3, 5] and found == {"x": {n: int(hash_(x)) for n, x in arrays.items()}}
 
 
 def test_every_flipped_bit_is_seen():

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 BINARY = """
+import errno, os
 from cola_jax import cli
 from cola_jax.train import interrupts, trainer
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 FLAG = cli.config_flag()
+cli.machine_flags()
 
 def main():
     config = cli.read_config(FLAG)
@@ -24,6 +27,14 @@ def main():
         raise interrupts.Interrupted("stopped by SIGTERM", 15)
     if config.seed == 4:
         raise interrupts.Interrupted("stopped by SIGINT", 2)
+    if config.seed == 5:
+        raise TemporaryError("checkpoint x: not saved: OSError: ...")
+    if config.seed in (6, 7, 8):
+        number = {6: errno.ESTALE, 7: errno.ENOENT, 8: errno.EIO}[config.seed]
+        error = OSError(number, os.strerror(number), "/mnt/file")
+        if config.seed == 8:
+            raise error
+        raise UserError(f"/mnt/file: {error.strerror}") from error
     print("steps", config.stage1.steps)
 
 cli.run(main)
@@ -65,6 +76,8 @@ def call(place, *arguments):
         (["--config=good.py", "--config.stage1.steps=-1"], ["config.stage1.steps", "-1", "at least 0"]),
         (["--config=good.py", "--workdirr=3"], ["workdirr"]),
         (["--config=good.py", "extra"], ["'extra'"]),
+        (["--config=good.py", "--join_timeout=nan"], ["--join_timeout = nan: must be a finite number"]),
+        (["--config=good.py", "--config.vae.shift=-inf"], ["vae.shift", "-inf", "must be a finite number"]),
         (["--config=good.py", "--config.seed=1"], ["file x = 1: must be 2"]),
     ],
 )
@@ -85,6 +98,20 @@ def test_other_endings(place):
     assert (stopped.returncode, stopped.stdout) == (75, "stopped by SIGTERM\n")
     stopped = call(place, "--config=good.py", "--config.seed=4")
     assert (stopped.returncode, stopped.stdout) == (130, "stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize(
+    "seed, status, line",
+    [
+        (5, 75, "error: checkpoint x: not saved: OSError: ..."),
+        (6, 75, f"error: /mnt/file: {os.strerror(errno.ESTALE)}"),
+        (7, 2, "error: /mnt/file: No such file or directory"),
+        (8, 75, "error: /mnt/file: Input/output error"),
+    ],
+)
+def test_what_another_start_may_mend(place, seed, status, line):
+    result = call(place, "--config=good.py", f"--config.seed={seed}")
+    assert (result.returncode, result.stderr) == (status, line + "\n")
 
 
 def test_huge_pages_restart_keeps_the_command(place):

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -5,7 +6,10 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from cola_jax.train import devices, interrupts
+from cola_jax.types import UserError
 
 HANGS = """
 import sys, time
@@ -48,6 +52,36 @@ def test_no_watchdog_without_a_timeout():
 def test_statuses():
     assert interrupts.Interrupted("", signal.SIGTERM).status == 75
     assert interrupts.Interrupted("", signal.SIGINT).status == 130
+
+
+def caused(error: Exception, message: str = "file: something", hide: bool = False) -> UserError:
+    """A UserError that was made of another error."""
+    try:
+        try:
+            raise error
+        except Exception as caught:
+            if hide:
+                raise UserError(message) from None
+            raise UserError(message) from caught
+    except UserError as made:
+        return made
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EMFILE])
+def test_machines_and_networks_are_temporary(number):
+    error = OSError(number, os.strerror(number))
+    assert interrupts.is_temporary(error) and interrupts.is_temporary(caused(error))
+    assert interrupts.is_temporary(caused(error, hide=True)) and interrupts.is_temporary(caused(caused(error)))
+    assert interrupts.is_temporary(ValueError(f"UNKNOWN: Error reading [OS error {number}: {os.strerror(number)}]"))
+    assert not interrupts.is_temporary(error, but=(number,))
+
+
+def test_paths_values_and_bugs_are_not():
+    for number in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EROFS):
+        assert not interrupts.is_temporary(caused(OSError(number, os.strerror(number))))
+    plain = [UserError("x = 1: must be 2"), ValueError("[OS error 2: ENOENT]"), OSError("no errno"), KeyError("x")]
+    assert not any(map(interrupts.is_temporary, plain))
+    assert not interrupts.is_temporary(UserError(f"x = '[OS error {errno.EIO}]': must be 2"))
 
 
 def test_peak_flops_by_device_kind():

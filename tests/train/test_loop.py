@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import fnmatch
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import environment
@@ -16,12 +19,14 @@ import pytest
 import toy_run
 from test_step import same_bits
 
-from cola_jax.train import loop, saved, verified, workdir
+from cola_jax import families, fields
+from cola_jax.train import checkpoint, loop, reports, saved, verified, workdir
 from cola_jax.train.experiment import data_seed
 from cola_jax.train.interrupts import Interrupted
 from cola_jax.train.trainer import NonFiniteLoss
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
+OPTIMIZERS = ("optimizer1", "optimizer2")
 REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -149,11 +154,85 @@ def test_signal_saves_and_stops(whole, tmp_path, signum):
 def test_other_config_is_refused(whole):
     before = sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
     config = toy_run.settings()
-    config = dataclasses.replace(config, seed=5, train=dataclasses.replace(config.train, log_every=3))
-    with pytest.raises(UserError, match=r"seed: 0 -> 5, train.log_every: 2 -> 3") as caught:
+    train_ = dataclasses.replace(config.train, log_every=3, compute_dtype="bfloat16")
+    config = dataclasses.replace(config, seed=5, train=train_)
+    with pytest.raises(UserError, match=r"\(seed: 0 -> 5, train.compute_dtype: 'float32' -> 'bfloat16'\)") as caught:
         train(whole[0], config=config)
     assert "\n" not in str(caught.value)
     assert before == sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
+
+
+def test_what_may_change_is_named_by_fields_that_exist():
+    names = {name for family in families.FAMILIES.values() for name in fields.entries(family.config)}
+    for pattern in workdir._FREE_FIELDS:
+        assert fnmatch.filter(names, pattern), pattern
+    free = {name for name in names if workdir.is_free(name)}
+    groups = {name.partition(".")[0] for name in free}
+    assert groups == {*("data", "train", "sample", "evaluation", "vae", "dit", "transformer"), *OPTIMIZERS}
+    assert {name for name in free if name.startswith("data.")} == {"data.num_workers", "data.files"}
+    assert {name.partition(".")[2] for name in free if name.startswith(OPTIMIZERS)} == {"accumulation"}
+    assert not {"seed", "train.compute_dtype", "train.init_from", "dit.num_layers", "stage2.steps"} & free
+    assert workdir.is_free("train.milestone_steps[1]") and workdir.is_free("evaluation.evaluators[0]")
+
+
+def losses(directory) -> dict:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {(row["stage"], row["step"], row["kind"]): row["loss"] for row in rows}
+
+
+def test_a_run_resumes_with_other_microbatches_and_cadence(whole, tmp_path):
+    """Accumulation changes nothing but rounding, and how often something is told or saved changes no number."""
+    with pytest.raises(Crash):
+        train(tmp_path, crash_at("stage 2  step 10/"))
+    config = toy_run.settings(accumulation=4, log_every=1, eval_every=3, checkpoint_every=5)
+    lines = []
+    state = train(tmp_path, lines.append, config)
+    assert any("resumed at step 8" in line or "resumed at step 4" in line for line in lines)
+    before, after = losses(whole[0]), losses(tmp_path)
+    assert (2, 11, "train") in after.keys() - before.keys()  # told more often
+    both = before.keys() & after.keys()
+    assert (2, 12, "train") in both and (2, 12, "holdout") in both
+    np.testing.assert_allclose([after[k] for k in both], [before[k] for k in both], rtol=1e-5)
+    assert any(after[k] != before[k] for k in both)  # other microbatches add in another order
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), dict(state.params), dict(whole[1].params))
+    assert 10 in verified.step_directories(tmp_path / "stage2")
+
+
+@pytest.mark.slow
+def test_the_real_model_resumes_with_other_remat_and_chunks(tmp_path):
+    small = {
+        "data": {"tokenizer": "bytes", "num_stories": 64, "sequence_length": 16, "batch_size": 4, "holdout": 0.2},
+        "vae": {"dim": 16, "ffn_dim": 32, "num_heads": 2, "latent_dim": 4, "logit_chunk": 0},
+        "dit": {
+            "latent_dim": 4,
+            "dim": 16,
+            "num_heads": 2,
+            "head_dim": 8,
+            "rope_dim": 4,
+            "time_dim": 8,
+            "num_layers": 2,
+        },
+        "stage1": {"steps": 0},
+        "stage2": {"steps": 4, "strategy": "scratch", "reference_weight": 0.0},
+        "train": {"log_every": 1, "eval_batches": 1, "checkpoint_every": 2, "num_samples": 0, "mesh_data": 1},
+    }
+    other = {name: dict(group) for name, group in small.items()}
+    other["dit"].update(remat="full", unroll=2, attention_kernel="xla")
+    other["vae"]["logit_chunk"] = 8
+    other["optimizer2"] = {"accumulation": 2}
+    first, second = families.parse(small), families.parse(other)
+    expected = loop.train(first, tmp_path / "whole", log=lambda line: None)
+    with pytest.raises(Crash):
+        loop.train(first, tmp_path / "moved", log=crash_at("stage 2  step 3/"))
+    lines = []
+    found = loop.train(second, tmp_path / "moved", log=lines.append)
+    assert any("resumed at step 2 of 4" in line for line in lines)
+    before, after = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert before.keys() == after.keys()
+    np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=2e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-4), dict(found.params), dict(expected.params)
+    )
 
 
 def test_a_run_that_never_began_may_begin_with_another_config(tmp_path):
@@ -244,27 +323,72 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import toy_run\n"
         "from cola_jax.train import checkpoint, loop\n"
-        "from cola_jax.types import UserError\n"
+        "from cola_jax.types import TemporaryError\n"
         "def log(line):\n"
         "    if 'stage 2  step 6/' in line:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
         "config = toy_run.settings()\n"
         "try:\n"
         "    loop.train(config, sys.argv[1], toy_run.experiment(config), toy_run.sampler, log)\n"
-        "except UserError as error:\n"
+        "except TemporaryError as error:\n"
         "    print(error)\n"
-        "    sys.exit(2)\n"
+        "    sys.exit(75)\n"
     )
     tests = Path(__file__).parent
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tests), str(tests.parents[1])]))
     command = [sys.executable, "-c", code, tmp_path / "run"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 2, result.stderr[-2000:]
+    assert result.returncode == 75, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) == 1 and str(tmp_path / "run") in result.stdout
     assert verified.step_directories(tmp_path / "run" / "stage2")[0] == 4
     lines = []
     state = train(tmp_path / "run", lines.append)
     assert any("resumed at step 4" in line for line in lines) and int(state.step) == int(whole[1].step)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("where", ["checkpoint", "metrics", "data"])
+def test_what_fails_outside_the_run_may_be_started_again(whole, tmp_path, monkeypatch, where, number):
+    """A save, a file of the run or the corpus cannot be written or read: not the user's fault, and nothing is lost."""
+    config, broken = toy_run.settings(), OSError(number, os.strerror(number), "/mnt/shared/file")
+    experiment = toy_run.experiment(config)
+
+    def fail(*_, **__):
+        raise broken
+
+    def read(split, seed, rows):
+        try:
+            fail()
+        except OSError as error:
+            raise UserError(f"/mnt/shared/file: {error.strerror}; must be a readable file") from None
+
+    if where == "checkpoint":
+        monkeypatch.setattr(checkpoint.Checkpoints, "_make_manager", lambda self: types.SimpleNamespace(save=fail))
+        monkeypatch.setattr(checkpoint.Checkpoints, "close", lambda self: None)
+    elif where == "metrics":
+        monkeypatch.setattr(reports.Writer, "flush", fail)
+    else:
+        experiment = dataclasses.replace(experiment, dataset=read)
+    with pytest.raises(TemporaryError) as caught:
+        loop.train(config, tmp_path / "run", experiment, toy_run.sampler, lambda line: None)
+    message = str(caught.value)
+    assert os.strerror(number) in message and "\n" not in message
+    monkeypatch.undo()
+    if number == errno.ESTALE:
+        assert same_bits(train(tmp_path / "run"), whole[1])
+
+
+def test_a_missing_file_of_the_data_is_for_the_user(tmp_path):
+    def read(split, seed, rows):
+        try:
+            open(tmp_path / "none")
+        except OSError as error:
+            raise UserError(f"none: {error.strerror}") from error
+
+    config = toy_run.settings()
+    experiment = dataclasses.replace(toy_run.experiment(config), dataset=read)
+    with pytest.raises(UserError, match="none: No such file"):
+        loop.train(config, tmp_path / "run", experiment, None, lambda line: None)
 
 
 @pytest.mark.parametrize("stages", [(12, 0), (0, 12)])

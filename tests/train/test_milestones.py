@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import time
+import types
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ import toy_model
 import toy_run
 
 from cola_jax import families
-from cola_jax.train import loop, reports, saved, verified
+from cola_jax.train import interrupts, loop, reports, saved, trainer, verified
 from cola_jax.types import UserError
 
 STEPS, EVERY = 12, 4
@@ -136,6 +138,58 @@ def test_a_run_that_was_stopped_keeps_the_same(run, tmp_path):
     for step in (2, 3, 7, 12):
         bodies = [verified.read_meta(directory / "stage2" / str(step)) for directory in (tmp_path, run[0])]
         assert bodies[0]["hashes"] == bodies[1]["hashes"] and bodies[0]["data"] == bodies[1]["data"]
+
+
+class Minutes:
+    """A clock that a run's log moves on: so many minutes a step."""
+
+    def __init__(self, each: float):
+        self.now, self._each = 0.0, each
+
+    def __call__(self, line: str) -> None:
+        if "lr " in line:
+            self.now += 60 * self._each
+
+    def __getattr__(self, name):  # the rest of the module
+        return getattr(time, name)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("every, expected", [(100, [5, 10, 12]), (7, [5, 7, 12])])
+def test_checkpoints_by_minutes(tmp_path, monkeypatch, every, expected):
+    """Beside those by steps, which start the time anew."""
+    asked = config(log_every=1, checkpoint_every=every, checkpoint_minutes=8, keep_checkpoints=9)
+    clock = Minutes(2)
+    monkeypatch.setattr(trainer, "time", clock)
+    train(tmp_path, asked, clock)
+    # The clock is read before the line of a step, and started by the save after it.
+    assert kept(tmp_path, 1) == kept(tmp_path, 2) == expected
+
+
+def test_several_processes_save_by_the_clock_of_the_first(tmp_path, monkeypatch):
+    """And stop together: all of them learn of both one step later, once."""
+
+    class Asks(trainer.Trainer):
+        def __init__(self):
+            self._config, self._saved_at, self._asked = config(checkpoint_minutes=1), 0.0, (False, False)
+            self._monitors = types.SimpleNamespace(signals=interrupts.Signals())
+
+    now = [0.0]
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    asks = Asks()
+    found = []
+    for now[0] in (10.0, 60.0, 70.0, 80.0, 119.0, 120.0, 130.0):
+        found.append(asks._is_asked())
+    assert found == [(False, late) for late in (False, False, True, False, False, False, True)]
+    asks._monitors.signals.received = 15
+    assert asks._is_asked() == (False, False) and asks._is_asked() == (True, False)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    now[0] = 1e6
+    asks._is_asked()
+    assert asks._is_asked() == (True, False)  # its clock does not count
 
 
 def test_a_run_may_resume_with_other_milestones(tmp_path):
