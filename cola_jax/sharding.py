@@ -177,3 +177,20 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or not rules:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, rules))
+
+
+def active_spec(names, shape) -> PartitionSpec:
+    """`partition_spec` on the mesh and with the rules of `activate`, inside of it."""
+    return partition_spec(names, shape, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
+
+
+def active_batch_axes(batch_size: int) -> tuple[str, ...]:
+    """Axes of the mesh of `activate` that share so many examples out; () outside of it, or if they do not.
+
+    Empty, too, where all of them have one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return ()
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return BATCH_AXES if parts > 1 and batch_size % parts == 0 else ()
