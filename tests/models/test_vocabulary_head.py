@@ -154,6 +154,16 @@ def test_narrow_factors_are_summed_in_float32():
     assert_close(by_hidden, slope @ narrow(kernel).T, 1e-2)  # rounded to bfloat16
 
 
+def test_narrow_products_give_float32():
+    """Forward and for the kernel's gradient; XLA's CPU compiler may do it unasked, so the program is read."""
+    head = make(dtype="bfloat16")
+    params, hidden, tokens, weights = draws(32)
+    text = jax.jit(gradient(head, tokens, weights)).lower(params, hidden).as_text()
+    products = [line.rpartition("->")[2].strip() for line in text.splitlines() if "dot_general" in line]
+    narrow = [kind for kind in products if "bf16" in kind]
+    assert len(products) == 4 and len(narrow) == 1, products  # logits twice, the gradients of kernel and states
+
+
 def test_narrow_weights_travel_narrow():
     head = make(dtype="bfloat16")
     _, _, tokens, _ = draws(32)

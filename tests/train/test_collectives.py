@@ -85,7 +85,7 @@ TPU = """HloModule jit_traced
   %get-tuple-element.3 = u32[]{:T(128)} get-tuple-element(%p.2), index=1
   %constant.2 = u32[]{:T(128)} constant(2)
   %add.2 = u32[]{:T(128)} add(%get-tuple-element.3, %constant.2)
-  %start = (bf16[8,2]{1,0}, bf16[8,2]{1,0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.2), channel_id=1
+  %start = (bf16[8,2]{1,0}, bf16[8,2]{1,0:S(1)}, u32[], u32[]) collective-permute-start(%p.2), channel_id=1
   %done = bf16[8,2]{1,0:T(8,128)(2,1)S(1)} collective-permute-done(%start)
   ROOT %tuple.1 = (bf16[8,2]{1,0}, u32[]{:T(128)}) tuple(%done, %add.2)
 }
