@@ -56,7 +56,8 @@ class VocabularyHead(nn.Module):
         Args:
           hidden: what the head reads.
           tokens: the target at each position, handed to ``reduce``.
-          reduce: ``(logits [B, S, V], tokens [B, S]) -> tree of arrays [B, S]``, each position for itself.
+          reduce: ``(logits [B, S, V], tokens [B, S]) -> tree of arrays [B, S]``, each position for itself. Where the
+            mesh does not divide V, some logits of -inf stand behind them.
 
         Returns:
           What ``reduce`` returns, of arrays [B, T].
@@ -64,6 +65,7 @@ class VocabularyHead(nn.Module):
         weights = (self.kernel, self.bias)
 
         def local(weights, hidden, tokens):
+            weights = _divisible(weights)
             return _in_chunks(weights, hidden, tokens, reduce, self.dtype, self.chunk, self.rows)
 
         axes = sharding.active_batch_axes(len(hidden))
@@ -90,6 +92,24 @@ def _only(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     """``spec`` without the mesh axes that are not in ``axes``."""
     kept = (tuple(a for a in ((part,) if isinstance(part, str) else part or ()) if a in axes) for part in spec)
     return PartitionSpec(*(part or None for part in kept))
+
+
+def _divisible(weights: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+    """Kernel and bias with entries behind the vocabulary's that no softmax sees, if the mesh does not divide that.
+
+    Parameters are stored without them: over the width, all axes of the mesh divide them as they are
+    (`sharding.partition_spec`). So devices along the tensor axis share the logits whatever the tokenizer's size is.
+    """
+    kernel, bias = weights
+    axes, devices = sharding.active_axes(_NAMES[1])
+    size = kernel.shape[1]
+    if set(axes) & set(sharding.BATCH_AXES) or not size % devices:  # those that share examples have the whole kernel
+        return weights
+    more = -size % devices
+    bias = jnp.zeros(size, kernel.dtype) if bias is None else bias
+    kernel = jnp.pad(kernel, ((0, 0), (0, more)))
+    kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, axes))
+    return kernel, jnp.pad(bias, (0, more), constant_values=-jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,6 +1,7 @@
 """The vocabulary head: its logits are sums in float32, and neither chunks nor meshes change what comes of them."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -43,7 +44,7 @@ def surprise(logits, tokens):
 
 
 def gradient(head, tokens, weights):
-    """A function of parameters and hidden states: what the surprises sum up to, they, and the gradient of the sum."""
+    """A function of parameters and hidden states: (sum of the surprises, these), and the gradient of the sum."""
 
     def total(params, hidden):
         each = head.apply(params, hidden, tokens, surprise, method="reduced")
@@ -73,12 +74,27 @@ def on_one_device(vocab: int, chunk: int):
     return jax.jit(gradient(make(vocab, chunk), tokens, weights))(params, hidden)
 
 
+@pytest.mark.parametrize("vocab", [32, 30, 31])
 @pytest.mark.parametrize("name", MESHES)
-def test_meshes_change_neither_values_nor_gradients(name):
-    params, hidden, tokens, weights = draws(32)
-    head = make()
+def test_meshes_change_neither_values_nor_gradients(name, vocab):
+    """Also where an axis does not divide the vocabulary."""
+    params, hidden, tokens, weights = draws(vocab)
+    head = make(vocab)
     found = on_mesh(name, gradient(head, tokens, weights), head)(params, hidden)
-    assert_trees_close(jax.device_get(found), on_one_device(32, 4), 1e-5)
+    assert jax.tree.map(jnp.shape, found[1][0]) == jax.tree.map(jnp.shape, params)
+    assert_trees_close(jax.device_get(found), on_one_device(vocab, 4), 1e-5)
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), [("tensor", 8 * 4, 4), ("all", 2 * 4, 16)])
+@pytest.mark.parametrize("vocab", [32, 31])
+def test_devices_along_the_tensor_axis_share_the_logits(name, rows, columns, vocab):
+    """Of a chunk, on a device: those of its examples, and its part of the vocabulary."""
+    head = make(vocab)
+    params, hidden, tokens, weights = draws(vocab)
+    text = on_mesh(name, gradient(head, tokens, weights), head).lower(params, hidden).compile().as_text()
+    products = set(re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", text))
+    assert (str(rows), str(columns)) in products
+    assert not [pair for pair in products if {str(vocab), "32"} & set(pair) - {str(rows)}], products
 
 
 def test_a_batch_that_a_mesh_does_not_divide_is_computed_all_the_same():
