@@ -84,36 +84,54 @@ def arrange(sizes: tuple[int, int, int], devices: list) -> np.ndarray:
 
 
 @functools.cache
-def _report_replicated(name: str, size: int, axis: str, axis_size: int) -> None:
-    logging.getLogger(__name__).warning(
-        "logical axis %r of size %d is replicated: mesh axis %r of %d does not divide it", name, size, axis, axis_size
-    )
+def _report_undivided(name: str, size: int, axis: str, axis_size: int, instead: str | None) -> None:
+    what = f"{instead!r} is divided instead" if instead else "is replicated"
+    message = "logical axis %r of size %d %s: mesh axis %r of %d does not divide it"
+    logging.getLogger(__name__).warning(message, name, size, what, axis, axis_size)
+
+
+# Where a mesh axis goes that does not divide a dimension of a parameter, if it divides the other one: a vocabulary has
+# whatever size its tokenizer has, and the largest parameters should not be whole on every device for that.
+_INSTEAD = {"vocab": "embed"}
+
+
+def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else rule or ()
 
 
 def partition_spec(names, shape, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PartitionSpec:
     """The partition of an array whose axes have these logical names (None: not partitioned).
 
-    A mesh axis that does not divide the dimension is dropped (small models), and that is logged once.
+    A mesh axis that does not divide the dimension is dropped (small models), or moved from the vocabulary to the width
+    of a parameter that has both. Either is logged once.
 
     Raises:
       ValueError: a name without a rule, or two names that want the same mesh axis.
     """
-    known, spec, used = dict(rules), [], set()
+    known, used = dict(rules), []
     if len(names) != len(shape):
         raise ValueError(f"logical axes {tuple(names)} do not fit the shape {tuple(shape)}")
-    for name, size in zip(names, shape, strict=True):
+    for name in names:
         if name is not None and name not in known:
             raise ValueError(f"logical axis {name!r} in {tuple(names)} has no rule; known are {', '.join(known)}")
-        axes = known.get(name)
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+        for axis in _axes(known.get(name)):
             if axis in used:
                 raise ValueError(f"logical axes {tuple(names)} use the mesh axis {axis!r} twice")
-            used.add(axis)
-        axis_size = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
-        if size % axis_size:
-            _report_replicated(name, size, str(axes), axis_size)
-            axes = None
-        spec.append(axes)
+            used.append(axis)
+    spec = [known.get(name) for name in names]
+
+    def parts(*rules) -> int:
+        return int(np.prod([mesh.shape[axis] for rule in rules for axis in _axes(rule)]))
+
+    undivided = [i for i, size in enumerate(shape) if size % parts(spec[i])]
+    for i in undivided:
+        rule, spec[i] = spec[i], None
+        other = names.index(_INSTEAD[names[i]]) if _INSTEAD.get(names[i]) in names else None
+        if other is not None and (other in undivided or shape[other] % parts(spec[other], rule)):
+            other = None
+        _report_undivided(names[i], shape[i], str(rule), parts(rule), None if other is None else names[other])
+        if other is not None:
+            spec[other] = (*_axes(spec[other]), *_axes(rule))
     return PartitionSpec(*spec)
 
 
@@ -201,3 +219,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or not rules:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, rules))
+
+
+def active_spec(names, shape) -> PartitionSpec:
+    """`partition_spec` on the mesh and with the rules of `activate`, inside of it."""
+    return partition_spec(names, shape, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
+
+
+def active_axes(name: str) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that should divide a logical axis, and their devices, inside of `activate`; else ((), 1)."""
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    axes = () if mesh.empty or not rules else _axes(dict(rules)[name])
+    return axes, int(np.prod([mesh.shape[axis] for axis in axes]))
+
+
+def active_batch_axes(batch_size: int) -> tuple[str, ...]:
+    """Axes of the mesh of `activate` that share so many examples out; () outside of it, or if they do not.
+
+    Empty, too, where all of them have one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return ()
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return BATCH_AXES if parts > 1 and batch_size % parts == 0 else ()

@@ -136,6 +136,7 @@ INVALID = [
     ("dit.attention_kernel", "flash", "'auto', 'xla', 'splash'", {}),
     ("vae.attention_kernel", "flash", "'auto', 'xla', 'splash'", {}),
     ("vae.logit_chunk", -1, "at least 0", {}),
+    ("vae.logit_rows", -1, "at least 0", {}),
     ("dit.rope_dim", 34, "at most head_dim = 32", {}),
     ("dit.rope_dim", 3, "an even number", {}),
     ("dit.rope_dim", -2, "an even number", {}),

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cola_jax import sharding
 from cola_jax.fields import setting
+from cola_jax.models.vocabulary_head import VocabularyHead
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
-from cola_jax.nn.reduced_logits import reduced_logits
 from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Params
 
@@ -46,6 +46,9 @@ class TransformerConfig:
     unroll: int = setting(1, "layers compiled one after another", at_least=1)
     logit_chunk: int = setting(
         64, "positions of each sequence whose logits exist at one time in training; 0: all", at_least=0
+    )
+    logit_rows: int = setting(
+        1024, "and more of them, until a device has so many positions of all its sequences; 0: not more", at_least=0
     )
 
 
@@ -129,7 +132,8 @@ class Transformer(nn.Module):
         self.begin = self.param("begin", nn.with_logical_partitioning(init, ("embed",)), (config.dim,))
         self.layers = scan_layers(TransformerLayer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
         self.final_norm = _norm(config)
-        self.head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=False, dtype=self.dtype)
+        chunk = (config.logit_chunk, config.logit_rows)
+        self.head = VocabularyHead(config.dim, config.vocab_size, False, self.dtype, *chunk)
 
     def hidden(self, ids: Int[Array, "B N"], context: TransformerContext, cache: KV | None = None):
         """Normalised states [B, N, C], and keys and values [layers, B, N, H, C] of the positions."""
@@ -141,11 +145,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
         """Logits of every token, float32."""
-        return self.head(hidden).astype(jnp.float32)
+        return self.head(hidden)
 
     def reduced_logits(self, hidden, tokens, reduce):
         """``reduce(logits(hidden), tokens)``, without all logits at once."""
-        return reduced_logits(self.head, hidden, tokens, reduce, self.config.logit_chunk)
+        return self.head.reduced(hidden, tokens, reduce)
 
 
 class Autoregressive(nn.Module):
@@ -184,7 +188,7 @@ class Autoregressive(nn.Module):
         reduce: Callable[[Float[Array, "B C V"], Int[Array, "B C"]], Any],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Any:
-        """``reduce(logits(tokens), tokens)`` in chunks of ``config.logit_chunk`` positions.
+        """``reduce(logits(tokens), tokens)`` in chunks (``config.logit_chunk``, ``logit_rows``).
 
         The logits of a whole batch, the largest array of a training step by far, never exist.
 

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax import sharding
 from cola_jax.fields import check, require, setting
 from cola_jax.models import posterior
+from cola_jax.models.vocabulary_head import VocabularyHead
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.attention import KERNELS
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
-from cola_jax.nn.reduced_logits import reduced_logits
 from cola_jax.nn.visibility import BlockPlan
 from cola_jax.types import Posterior
 
@@ -58,6 +58,9 @@ class VAEConfig:
     attention_kernel: str = setting("auto", "splash is for TPUs; auto: where it suits", choices=KERNELS)
     logit_chunk: int = setting(
         64, "positions of each row whose logits exist at one time in training; 0: all", at_least=0
+    )
+    logit_rows: int = setting(
+        1024, "and more of them, until a device has so many positions of all its rows; 0: not more", at_least=0
     )
     shift: float = setting(0.0, "latents are normalised as (z - shift) * scale")
     scale: float = setting(1.0, "see shift", where=(bool, "a number that is not 0"))
@@ -204,7 +207,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Normalised latents to logits over tokens; with a cache, the next latents of a sequence.
 
-    With ``tokens`` [B, T] and ``reduce``, what this makes of the logits in their place (see `reduced_logits`).
+    With ``tokens`` [B, T] and ``reduce``, what this makes of the logits in their place (`VocabularyHead.reduced`).
     """
 
     config: VAEConfig
@@ -228,10 +231,9 @@ class Decoder(nn.Module):
         x = Linear((config.dim, patch), ("embed", None, None), dtype=self.dtype, name="unpatch_layer")(x)
         x = x.transpose(0, 1, 3, 2).reshape(batch, length * patch, config.dim)
         x = LayerNorm(config.norm_eps, name="final_norm")(x)
-        head = Linear((config.vocab_size,), ("embed", "vocab"), use_bias=bias, dtype=self.dtype, name="final_layer")
-        if reduce is None:
-            return head(x).astype(jnp.float32), kv
-        return reduced_logits(head, x, tokens, reduce, config.logit_chunk), kv
+        chunk = (config.logit_chunk, config.logit_rows)
+        head = VocabularyHead(config.dim, config.vocab_size, bias, self.dtype, *chunk, name="final_layer")
+        return (head(x) if reduce is None else head.reduced(x, tokens, reduce)), kv
 
 
 class TextVAE(nn.Module):
@@ -273,7 +275,7 @@ class TextVAE(nn.Module):
         segment_ids: Int[Array, "B N"] | None = None,
         plan: BlockPlan | None = None,
     ) -> Any:
-        """``reduce(decode(latents), tokens)`` in chunks of ``config.logit_chunk`` positions.
+        """``reduce(decode(latents), tokens)`` in chunks (``config.logit_chunk``, ``logit_rows``).
 
         The logits of a whole batch, the largest array of a training step by far, never exist.
 

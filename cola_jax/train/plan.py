@@ -1,6 +1,6 @@
-"""What a training step needs on devices that are not there: memory, FLOPs, tokens per second.
+"""What training needs on devices that are not there: memory, FLOPs, tokens per second, traffic between devices.
 
-The step of a config is compiled ahead of time for a described slice or node. TPU slices are compiled by the TPU
+The steps of a config are compiled ahead of time for a described slice or node. TPU slices are compiled by the TPU
 compiler itself, which needs no TPU (`pip install libtpu`); GPUs, and TPUs where it is not installed, by XLA's CPU
 compiler for as many virtual devices.
 """
@@ -22,17 +22,21 @@ from jax.sharding import Mesh
 from cola_jax import families, sharding
 from cola_jax.config import Config
 from cola_jax.nn import attention
-from cola_jax.train import devices, step
+from cola_jax.train import collectives, devices, step
 from cola_jax.train import state as states
 from cola_jax.types import PyTree, UserError
 
 
 class Chip(NamedTuple):
-    """One device: its kind (see `devices.PEAK_FLOPS`), memory in bytes (data sheets), and whether it is a TPU."""
+    """One device: its kind (see `devices.PEAK_FLOPS`), memory in bytes (data sheets), whether it is a TPU, its links.
+
+    ``links`` is what all links of a chip to the others of its slice or node send together, bytes/s in one direction.
+    """
 
     kind: str
     memory: float
     tpu: bool
+    links: float
 
     @property
     def flops(self) -> float:
@@ -40,15 +44,18 @@ class Chip(NamedTuple):
         return devices.peak_flops(self.kind)
 
 
+# Links: half of the bidirectional bandwidth in the makers' tables. TPUs: cloud.google.com/tpu/docs/v5e (400 GB/s; in
+# older editions 1600 Gbps of one direction), v5p (1200), v6e (800), v4 (2400 Gbps of one direction). NVLink: data
+# sheets of A100 (600), H100 and H200 SXM (900), B200 (1800).
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * 2**30, True),
-    "v5e": Chip("TPU v5e", 16 * 2**30, True),
-    "v5p": Chip("TPU v5", 95 * 2**30, True),
-    "v6e": Chip("TPU v6", 32 * 2**30, True),
-    "a100": Chip("NVIDIA A100", 80e9, False),
-    "h100": Chip("NVIDIA H100", 80e9, False),
-    "h200": Chip("NVIDIA H200", 141e9, False),
-    "b200": Chip("NVIDIA B200", 180e9, False),
+    "v4": Chip("TPU v4", 32 * 2**30, True, 300e9),
+    "v5e": Chip("TPU v5e", 16 * 2**30, True, 200e9),
+    "v5p": Chip("TPU v5", 95 * 2**30, True, 600e9),
+    "v6e": Chip("TPU v6", 32 * 2**30, True, 400e9),
+    "a100": Chip("NVIDIA A100", 80e9, False, 300e9),
+    "h100": Chip("NVIDIA H100", 80e9, False, 450e9),
+    "h200": Chip("NVIDIA H200", 141e9, False, 450e9),
+    "b200": Chip("NVIDIA B200", 180e9, False, 900e9),
 }
 
 
@@ -65,19 +72,22 @@ class Cluster(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one stage's step needs, on the device that needs most; bytes.
+    """What one stage needs, on the device that needs most; bytes.
 
     Attributes:
       stage: its number, from 1.
       parameters: of the groups that the stage holds.
       state: parameters, moments, average, frozen trees.
       batch: tokens of a step.
-      peak: of the compiled program, state and batch included; None where it does not fit and the compiler gave no
-        number.
-      fits: whether the peak is below the chip's memory.
+      peak: of the compiled training step, state and batch included; None where it does not fit and the compiler gave
+        no number.
+      evaluation_peak: of the evaluation step, with the whole state beside it; None as for ``peak``.
+      fits: whether both are below the chip's memory.
       flops_per_token: by the cost model (`Stage.flops_per_token`).
       compiler: "TPU" or "CPU".
       seconds: compilation took.
+      collectives: bytes that a device sends in a training step, by kind (`collectives.count`); None where the compiler
+        made no program.
     """
 
     stage: int
@@ -85,10 +95,12 @@ class Report(NamedTuple):
     state: int
     batch: int
     peak: int | None
+    evaluation_peak: int | None
     fits: bool
     flops_per_token: float
     compiler: str
     seconds: float
+    collectives: dict[str, float] | None
 
 
 def parse_cluster(text: str) -> Cluster:
@@ -174,8 +186,23 @@ def check_kernels(config: Config) -> None:
             raise UserError(f"config.{field.name}.attention_kernel = 'splash': must be {need}")
 
 
+def _compile(lowered) -> tuple[int | None, bool, str | None]:
+    """(bytes that a program needs, whether the compiler finds that they fit, its text if so)."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _used(str(error)), False, None
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes, True, compiled.as_text()
+
+
 def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: str) -> Report:
-    """Compiles the training step of a stage for ``mesh`` and reports what it needs; nothing is computed.
+    """Compiles the steps of a stage, training and evaluation, for ``mesh`` and reports what they need.
+
+    Nothing is computed.
 
     Args:
       config: whose model knows its vocabulary.
@@ -197,47 +224,76 @@ def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: s
     target = states.abstract(states.make_init(family.init(model, config), stage), mesh, rules)
     home = sharding.batch_sharding(mesh)
     row = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=home)
+    batch = dict.fromkeys(("tokens", "segment_ids"), row)
+    began = time.monotonic()
     train_step = step.make_train_step(stage, target, mesh, seed=config.seed, rules=rules)
-    began, peak, fits = time.monotonic(), None, False
-    try:
-        compiled = train_step.lower(target, dict.fromkeys(("tokens", "segment_ids"), row)).compile()
-        memory = compiled.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        fits = peak <= chip.memory
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        peak = _used(str(error))
+    peak, fits, text = _compile(train_step.lower(target, batch))
+    parts = stage.optimizer.accumulation
+    evaluate = step.make_eval_step(stage.terms, mesh, seed=config.seed, rules=rules, microbatches=parts)
+    read = (states.evaluation_params(target), target.frozen)
+    evaluation_peak, evaluation_fits, _ = _compile(evaluate.lower(*read, batch, jax.ShapeDtypeStruct((), jnp.int32)))
+    if evaluation_peak is not None:
+        evaluation_peak += _bytes(target) - _bytes(read)
     return Report(
         stage=index + 1,
         parameters=sum(x.size for x in jax.tree.leaves(target.params)),
         state=_bytes(target),
         batch=row.size,
         peak=peak,
-        fits=fits,
+        evaluation_peak=evaluation_peak,
+        fits=fits and evaluation_fits and max(peak, evaluation_peak) <= chip.memory,
         flops_per_token=stage.flops_per_token,
         compiler=compiler,
         seconds=time.monotonic() - began,
+        collectives=text and collectives.count(text),
     )
 
 
 def describe(report: Report, cluster: Cluster, mfu: float) -> str:
     """The report in a few lines; tokens per second at a model FLOP utilisation of ``mfu``."""
-    gib, peak_flops = 2**30, cluster.chip.flops
+    peak_flops = cluster.chip.flops
     rate = mfu * peak_flops * cluster.count / report.flops_per_token
-    peak = "more than there is" if report.peak is None else f"{report.peak / gib:.2f} GiB"
     return (
         f"stage {report.stage}: {report.parameters:,} parameters, {report.batch:,} tokens a step\n"
-        f"  per device: state {report.state / gib:.2f} GiB, peak {peak} of {cluster.chip.memory / gib:.1f} GiB: "
+        f"  per device: state {_gib(report.state)}, peak {_gib(report.peak)}, in evaluation "
+        f"{_gib(report.evaluation_peak)}, of {cluster.chip.memory / 2**30:.1f} GiB: "
         f"{'fits' if report.fits else 'DOES NOT FIT'} ({report.compiler} compiler, {report.seconds:.0f} s)\n"
         f"  {report.flops_per_token / 1e9:.2f} GFLOP a token: {rate:,.0f} tokens/s, {report.batch / rate:.2f} s "
         f"a step, at {100 * mfu:.0f} % of {cluster.count} x {peak_flops / 1e12:.0f} TFLOP/s"
+        f"{_describe_collectives(report, cluster)}"
+    )
+
+
+def _gib(size: int | None) -> str:
+    return "more than there is" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def utilisation_limits(report: Report, cluster: Cluster) -> tuple[float, float]:
+    """The most that the links let the model FLOP utilisation be: where a device computes while it sends, and where not.
+
+    All links of the chips are taken to be busy whenever one sends, and arithmetic to run at the peak rate.
+    """
+    sending = sum(report.collectives.values()) / cluster.chip.links
+    computing = report.batch * report.flops_per_token / (cluster.count * cluster.chip.flops)
+    return computing / max(computing, sending), computing / (computing + sending)
+
+
+def _describe_collectives(report: Report, cluster: Cluster) -> str:
+    """A line, or nothing where nothing is sent."""
+    moved = {kind: size for kind, size in (report.collectives or {}).items() if size}
+    if not moved:
+        return ""
+    kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in moved.items())
+    at_once, apart = utilisation_limits(report, cluster)
+    return (
+        f"\n  collectives send {sum(moved.values()) / 1e9:.2f} GB a device and step ({kinds}): MFU at most "
+        f"{100 * at_once:.0f} %, or {100 * apart:.0f} % if nothing is computed meanwhile, at "
+        f"{cluster.chip.links / 1e9:.0f} GB/s"
     )
 
 
 def show(config: Config, name: str, mfu: float, log: Callable[[str], None]) -> None:
-    """Compiles the step of each stage for described devices and logs what it needs.
+    """Compiles the steps of each stage for described devices and logs what it needs.
 
     Args:
       config: of the run; a vocabulary that it leaves open is as large as the tokenizer may be.

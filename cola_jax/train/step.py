@@ -189,17 +189,37 @@ def make_train_step(
     )
 
 
-def make_eval_step(terms: TermsFn, mesh: Mesh, *, seed: int, rules: sharding.Rules = sharding.RULES):
+def make_eval_step(
+    terms: TermsFn, mesh: Mesh, *, seed: int, rules: sharding.Rules = sharding.RULES, microbatches: int = 1
+):
     """The jitted ``(params, frozen, batch, index) -> {name: Term}`` with each term summed over the batch.
 
-    The noise of held-out batch ``index`` is the same at every evaluation.
+    The noise of held-out batch ``index`` is the same at every evaluation. That of an example depends on its place in
+    the batch alone: microbatches are one after another what the whole batch would be at once.
+
+    Args:
+      terms: of the stage.
+      mesh: the devices.
+      seed: of the run.
+      rules: from `sharding.make_rules`, for the activations.
+      microbatches: parts of a batch; as many as in training need no more memory than that.
     """
+
+    def part(params, frozen, batch, keys) -> dict[str, Term]:
+        found = terms(params, batch, keys, frozen)
+        # Coefficients are no arrays, but leave a loop as such.
+        sums = {name: (jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()}
+        return {name: Term(*(jnp.asarray(x, jnp.float32) for x in term)) for name, term in sums.items()}
 
     def eval_step(params: Params, frozen: Mapping[str, Params], batch: dict, index: jax.Array) -> dict[str, Term]:
         keys = rng.key(seed, "evaluate", index, sample=jnp.arange(batch["tokens"].shape[0]))
         with sharding.activate(mesh, rules):
-            found = terms(params, batch, keys, frozen)
-        return {name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient) for name, term in found.items()}
+            if microbatches == 1:
+                return part(params, frozen, batch, keys)
+            found = jax.lax.map(lambda own: part(params, frozen, *own), _microbatches((batch, keys), microbatches))
+        return {
+            name: Term(jnp.sum(term.value), jnp.sum(term.weight), term.coefficient[0]) for name, term in found.items()
+        }
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 

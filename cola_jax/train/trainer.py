@@ -357,11 +357,16 @@ class Batches:
 
 
 class HeldOut:
-    """Loss and terms of a stage over held-out batches; called with (variables, frozen trees, batches of `read`)."""
+    """Loss and terms of a stage over held-out batches; called with (variables, frozen trees, batches of `read`).
+
+    A batch is divided into as many microbatches as in training.
+    """
 
     def __init__(self, stage: Stage, mesh: Mesh, seed: int, rules: sharding.Rules = sharding.RULES):
         self._mesh = mesh
-        self._step = steps.make_eval_step(stage.terms, mesh, seed=seed, rules=rules)
+        self._step = steps.make_eval_step(
+            stage.terms, mesh, seed=seed, rules=rules, microbatches=stage.optimizer.accumulation
+        )
 
     def read(self, dataset, count: int, batch_size: int) -> list[dict]:
         """The first ``count`` batches of a dataset, on the devices; it has this process's rows of each."""

@@ -15,7 +15,7 @@ from cola_jax.models.autoregressive import TransformerConfig
 
 def config(**changes) -> TransformerConfig:
     fields = {"vocab_size": VOCAB, "dim": 16, "ffn_dim": 12, "num_heads": 2, "head_dim": 6, "num_layers": 2}
-    return TransformerConfig(**(fields | {"logit_chunk": 4} | changes))
+    return TransformerConfig(**(fields | {"logit_chunk": 4, "logit_rows": 0} | changes))
 
 
 def boxed(model):

@@ -18,7 +18,7 @@ VOCAB, CHANNELS, BLOCK = 31, 4, 4
 def vae_config(**changes) -> VAEConfig:
     """Blocks of the VAE are smaller than those of the DiT, so that the two cannot be confused."""
     fields = {"vocab_size": VOCAB, "dim": 16, "ffn_dim": 24, "num_heads": 2, "latent_dim": CHANNELS, "block_size": 2}
-    return VAEConfig(**(fields | {"encoder_layers": 2, "decoder_layers": 2} | changes))
+    return VAEConfig(**(fields | {"encoder_layers": 2, "decoder_layers": 2, "logit_rows": 0} | changes))
 
 
 def dit_config(**changes) -> DiTConfig:

@@ -11,6 +11,7 @@ from cola_jax import rng, sharding
 from cola_jax.config import AxesConfig, OptimizerConfig, TrainConfig
 from cola_jax.train import state as states
 from cola_jax.train import step as steps
+from cola_jax.train import trainer
 from cola_jax.types import Term
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_steps=2)
@@ -206,6 +207,40 @@ def test_evaluation_sums_over_batches():
     np.testing.assert_allclose(found["reconstruction"], value / weight, rtol=1e-5)
     np.testing.assert_allclose(found["loss"], value / weight, rtol=1e-5)
     assert "power" in found
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
+def test_evaluation_in_microbatches_is_that_of_the_whole_batch(sizes):
+    """Draws of examples too; and no microbatch is as large as the batch."""
+    rows = []
+
+    def terms(params, batch, keys, frozen):
+        rows.append(len(batch["tokens"]))
+        return toy_model.stage2_terms(params, batch, keys)
+
+    names = ("mesh_data", "mesh_fsdp", "mesh_tensor")
+    train = TrainConfig(**dict(zip(names, sizes, strict=True)))
+    state, _, mesh, _ = build(2, train=train)
+    batch = sharding.put_batch(mesh, toy_model.batch(0))
+    whole = steps.make_eval_step(toy_model.stage2_terms, mesh, seed=0)(state.params, {}, batch, 1)
+    parts = steps.make_eval_step(terms, mesh, seed=0, microbatches=2)(state.params, {}, batch, 1)
+    assert set(rows) == {4}
+    found, expected = (steps.summarize([sums]) for sums in (parts, whole))
+    assert found.keys() == expected.keys() and expected["flow"] > 0
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-6)
+
+
+def test_held_out_batches_are_divided_as_in_training():
+    rows = []
+
+    def terms(params, batch, keys, frozen):
+        rows.append(len(batch["tokens"]))
+        return toy_model.stage1_terms(params, batch, keys)
+
+    state, _, mesh, _ = build(1)
+    stage = stage_of(1, optimizer=dataclasses.replace(OPTIMIZER, accumulation=4), terms=terms)
+    trainer.HeldOut(stage, mesh, 0)(state.params, {}, [sharding.put_batch(mesh, toy_model.batch(0))])
+    assert set(rows) == {2}
 
 
 def test_logsnr_from_latent_powers():
