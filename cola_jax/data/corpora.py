@@ -25,9 +25,10 @@ _HOLDOUT_BIT = 1 << 63
 _SAMPLED_STORIES = 100  # stories that stand for the generator's code in `describe`
 
 
-def _position(text: str) -> float:
-    """A number from 0 to below 1 that depends on the text alone."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest()
+def position(content: str | bytes) -> float:
+    """A number from 0 to below 1 that depends on the content alone; text counts as its UTF-8."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    digest = hashlib.blake2b(data, digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
@@ -58,7 +59,7 @@ class _StoryDocuments(collections.abc.Sequence):
         number = index | (_HOLDOUT_BIT if self._held_out else 0)
         for attempt in range(_ATTEMPTS):
             text = self._stories.story(self._seed, number | attempt << _INDEX_BITS)
-            if (_position(text) < self._holdout) == self._held_out:
+            if (position(text) < self._holdout) == self._held_out:
                 if self._held_out:
                     self._found[index] = text
                 return text
@@ -106,11 +107,11 @@ def _text_documents(config: DataConfig) -> list[str]:
 
 def _text_split(config: DataConfig, split: Split) -> list[str]:
     everything = _text_documents(config)
-    positions = [_position(text) for text in everything]
+    positions = [position(text) for text in everything]
     # A small corpus may have no hash in the share: its document with the lowest one is then held out.
     limit = max(config.holdout, min(positions) + 2.0**-48)
-    held_out = [text for text, position in zip(everything, positions, strict=True) if position < limit]
-    train = [text for text, position in zip(everything, positions, strict=True) if position >= limit]
+    held_out = [text for text, at in zip(everything, positions, strict=True) if at < limit]
+    train = [text for text, at in zip(everything, positions, strict=True) if at >= limit]
     if not train:
         raise UserError(
             f"config.data.files = {config.files!r}: {len(everything)} document(s), all of them held out; there must be"
