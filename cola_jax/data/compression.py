@@ -5,11 +5,10 @@ import gzip
 import importlib
 import io
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
 from cola_jax.types import UserError
 
-_PIECE = 2**16  # bytes of a compressed file read at a time
+_PIECE = 2**13  # bytes of a compressed file read at a time; text may be a thousand times as long
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _WINDOW = 2**31  # the largest that zstd --long writes
 
@@ -44,7 +43,7 @@ def _zstandard(path: str):
 class _Zstd(io.RawIOBase):
     """What is in the frames of a file; unlike the package's own reader it notices a file that is cut."""
 
-    def __init__(self, file: BinaryIO, module):
+    def __init__(self, file: io.BufferedIOBase, module):
         self._file, self._module = file, module
         self._frame = None
         self._ready = memoryview(b"")
@@ -75,7 +74,7 @@ class _Zstd(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def opened(path: str) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     """The file as it is stored, whose position tells how far reading is, and a stream of its content.
 
     Reading raises OSError, EOFError or zlib.error where the file is damaged.

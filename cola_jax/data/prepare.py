@@ -197,13 +197,15 @@ def _write(source, tokenizer, options, directory, state, meter, stopped) -> sele
     reader = selection.Reader(source, tokenizer, options, meter.say, _ticker("tokens", source, meter, stopped))
     encoder = _Encoder(tokenizer, options.align, dtype)
     count = 0 if source.has_ids else options.workers
+    results = workers.ordered(encoder, _chunks(iter(reader), splits), count)
     try:
-        for kept, (ids, lengths) in workers.ordered(encoder, _chunks(iter(reader), splits), count):
-            start = 0
-            for (split, digest), length in zip(kept, lengths, strict=True):
-                split.add(ids[start : start + length], digest)
-                start += length
-            meter.tokens += start
+        with contextlib.closing(results):
+            for kept, (ids, lengths) in results:
+                start = 0
+                for (split, digest), length in zip(kept, lengths, strict=True):
+                    split.add(ids[start : start + length], digest)
+                    start += length
+                meter.tokens += start
         for split in splits.values():
             split.finish()
     finally:

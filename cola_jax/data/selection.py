@@ -114,13 +114,14 @@ class Reader:
         if self.counts.bad <= _SHOWN:
             self._say(f"skipped: {place}: {bad.reason}")
         self._last_bad = f"{place}: {bad.reason}"
-        if self.counts.read <= _JUDGED and 2 * self.counts.bad > _JUDGED:
+        if 2 * self.counts.bad > _JUDGED:
             self._judge()
 
     def _judge(self) -> None:
-        first = min(self.counts.read, _JUDGED)
-        if self.counts.read <= _JUDGED and 2 * self.counts.bad > first:
-            found = f"{self.counts.bad} of the first {self.counts.read} records are bad"
+        """Ends with an error if more than half of the first records are bad, of all where they are fewer."""
+        counts = self.counts
+        if counts.read <= _JUDGED and 2 * counts.bad > counts.read:
+            found = f"{counts.bad} of the first {counts.read} records are bad"
             raise UserError(f"{self._last_bad} ({found}; --format and --text_field must fit the input)")
 
     def _checked(self, place: records.Place, ids: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Corpora by the name of their format (`create`): JSON lines, text and Megatron files here, the others in `tables`."""
 
+import io
 import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
 from cola_jax.data import compression, records, shards, tables
 from cola_jax.types import UserError
@@ -39,7 +39,7 @@ class JsonLines(records.Files):
                     yield number, records.json_text(line, self._field)
 
 
-def divided(file: BinaryIO, separator: str, piece: int = _PIECE) -> Iterator[tuple[int, bytes]]:
+def divided(file: io.BufferedIOBase, separator: str, piece: int = _PIECE) -> Iterator[tuple[int, bytes]]:
     """The parts of a file between separators, with the byte where each begins; they are what `re.split` gives.
 
     Args:
@@ -106,6 +106,7 @@ class Megatron(records.Files):
 
     unit = "document"
     has_ids = True
+    damage = (*records.Files.damage, ValueError)
 
     def __init__(self, pattern: str):
         super().__init__(pattern)
@@ -124,6 +125,9 @@ class Megatron(records.Files):
         shard = shards.Shard(path.removesuffix(".idx"))
         for index in range(len(shard)):
             self._within = size * index // len(shard)
+            start, stop = shard.bounds(index)
+            if not 0 <= start <= stop <= len(shard.ids) or (start and not index):
+                raise ValueError(f"document {index + 1} has tokens {start} to {stop} of {len(shard.ids)}")
             yield index + 1, shard.document(index)
 
 

@@ -108,12 +108,14 @@ class Tfds(records.Source):
                 raise UserError(f"--input = {name}: no feature {field!r}; it has {has}")
             if not builder.data_path.exists():
                 builder.download_and_prepare(file_format="array_record")
-            decoders = tfds.decode.PartialDecoding({field: features[field]})
+            decoders = {name: tfds.decode.SkipDecoding() for name in features if name != field}
             self._examples = builder.as_data_source(split=split, decoders=decoders)
         except UserError:
             raise
+        except ImportError as error:
+            raise UserError(f"--format=tfds: needs the package {error.name}; pip install 'cola_jax[data]'") from error
         except Exception as error:  # TFDS raises what it likes: of names, splits, versions, downloads and formats
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split()).partition(" Available datasets")[0][:300]
             raise UserError(f"--input = {name}, --split = {split}: {reason or type(error).__name__}") from error
         self._name, self._field = builder.info.full_name, field
         self.size, self.position = len(self._examples), 0
