@@ -6,7 +6,7 @@ from collections.abc import Callable
 _SECONDS = 5.0
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("", "k", "M", "G"):
         if count < 1000:
             return f"{count:.3g}{unit}"
@@ -14,7 +14,7 @@ def _size(count: float) -> str:
     return f"{count:.4g}T"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
