@@ -99,9 +99,10 @@ class _Split:
         self._count(digest)
 
     def _complete_shard(self) -> None:
-        writer, self._writer = self._writer, None
+        writer = self._writer
         stem = self._directory / f"{self._name}-{len(self._done):05d}"
         writer.close()
+        self._writer = None
         hashes = [manifest.file_sha256(stem.with_name(stem.name + suffix)) for suffix in (".bin", ".idx")]
         info = manifest.ShardInfo(stem.name, writer.documents, writer.tokens, *hashes)
         progress.sync(self._directory)

@@ -96,7 +96,7 @@ def read(directory: Path) -> Progress | None:
             infos = [manifest.ShardInfo(**shard) for shard in found]
             shards[split] = [Done(info, digest) for info, digest in zip(infos, digests, strict=True)]
         return Progress(body["settings"], body["tokenizer"], shards)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {again}") from None
