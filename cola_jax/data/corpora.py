@@ -8,17 +8,14 @@ import collections.abc
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
 from cola_jax.config import DataConfig
 from cola_jax.data import mixture, prepared, text_files, tfds_records
-from cola_jax.data.hashing import position
+from cola_jax.data.hashing import Split, position
 from cola_jax.data.stories import Stories
 from cola_jax.types import UserError
-
-Split = Literal["train", "holdout"]
 
 # A story's number: its index, above it the attempt to draw one that belongs to the split, above that the split.
 _INDEX_BITS = 40

@@ -1,6 +1,9 @@
 """Where a document belongs: a number that depends on its text alone."""
 
 import hashlib
+from typing import Literal
+
+Split = Literal["train", "holdout"]
 
 
 def position(text: bytes) -> float:

@@ -10,13 +10,13 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from cola_jax.config import DataConfig
 from cola_jax.data import manifest as manifests
 from cola_jax.data import tokenizers
+from cola_jax.data.hashing import Split
 from cola_jax.data.manifest import Manifest
 from cola_jax.data.shards import Shard
 from cola_jax.types import UserError
@@ -109,7 +109,7 @@ def open_manifest(directory: str | Path, config: DataConfig) -> Manifest:
     return found
 
 
-def open_stream(directory: str | Path, manifest: Manifest, split: Literal["train", "holdout"]) -> Stream:
+def open_stream(directory: str | Path, manifest: Manifest, split: Split) -> Stream:
     """The documents of a split.
 
     Raises:

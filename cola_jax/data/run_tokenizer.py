@@ -7,17 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from cola_jax.config import DataConfig
-from cola_jax.data import corpora, manifest, mixture, prepared
+from cola_jax.data import corpora, manifest, mixture, prepared, tokenizer_choice
 from cola_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 _SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
-SAMPLE_CHARACTERS = 10_000_000  # most text a tokenizer is trained on; about half a minute
 
 
 def _training_sample(config: DataConfig) -> Iterator[str]:
     """Some training documents in a fixed random order; the held-out ones never reach the tokenizer."""
     documents = corpora.documents(config, "train", seed=0)
-    budget = SAMPLE_CHARACTERS
+    budget = tokenizer_choice.SAMPLE_CHARACTERS
     most = _SAMPLE_STORIES if config.corpus == "stories" else len(documents)
     for index in np.random.default_rng(0).permutation(len(documents))[:most]:
         text = documents[int(index)][:budget]

@@ -14,6 +14,7 @@ Here a document is one sequence; files from elsewhere may have several. Both are
 tokens cost, whatever the size of the corpus.
 """
 
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -77,7 +78,8 @@ class Writer:
 
     def discard(self) -> None:
         """Closes without result."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is not written yet may not fit on the disk
+            self._file.close()
         for suffix in (".bin", ".idx"):
             self._partial(suffix).unlink(missing_ok=True)
 
