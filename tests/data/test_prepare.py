@@ -14,7 +14,7 @@ from test_huggingface_tokenizer import byte_level
 from test_tokenizers import HOSTILE, WORDS
 
 from cola_jax.data import (
-    corpora,
+    hashing,
     manifest,
     meter,
     packing,
@@ -79,7 +79,7 @@ def content(directory) -> dict[str, bytes]:
 
 
 def held_out(text: str) -> bool:
-    return corpora.position(text) < OPTIONS.holdout
+    return hashing.position(text if isinstance(text, bytes) else text.encode()) < OPTIONS.holdout
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece", "huggingface"])

@@ -14,7 +14,7 @@ import pytest
 from test_tokenizers import HOSTILE
 
 from cola_jax.config import DataConfig
-from cola_jax.data import corpora, records, sources, tokenizers
+from cola_jax.data import records, sources, text_files, tokenizers
 from cola_jax.types import UserError
 
 TEXTS = [text for text in HOSTILE if text.strip()] + [f"text {i} \u00e9" for i in range(20)]
@@ -64,7 +64,8 @@ def test_text_is_divided_as_corpora_divides_it(separator, tmp_path):
         path = tmp_path / "text.txt"
         path.write_bytes(text.encode())
         config = DataConfig(corpus="text", files=str(path), document_separator=separator)
-        expected = corpora._text_documents(config)
+        files = text_files.scan(config.files, separator)
+        expected = [files.read(i) for i in range(len(files.positions))]
         assert contents(sources.create("text", str(path), document_separator=separator)) == expected
         parts = re.split("\r?\n".join(map(re.escape, separator.split("\n"))), text) if separator else [text]
         for piece in (1, 2, 3, 5, 64):
