@@ -57,3 +57,11 @@ def test_all_processes_learn_whether_another_start_may_help(monkeypatch, index):
 def test_values_that_are_true_anywhere():
     for values in ((True, False), (False, False), (False, True, True)):
         np.testing.assert_array_equal(distributed.any_true(*values), values)
+
+
+def test_one_device_is_enough():
+    sharding, largest = distributed._over_devices()
+    for row in range(jax.device_count()):
+        values = np.zeros((jax.device_count(), 2), bool)
+        values[row, 1] = True
+        np.testing.assert_array_equal(largest(jax.device_put(values, sharding)), [False, True])
