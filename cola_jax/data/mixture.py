@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import grain
 
+from cola_jax import paths
 from cola_jax.types import UserError
 
 _ROWS = 2**60  # more rows than any run reads
@@ -65,6 +66,7 @@ def _shares(body: str, text: str, field: str) -> dict[str, float]:
         if not directory or directory in shares or not 0 < share < math.inf:
             need = "DIR=SHARE with a share above 0, each directory once"
             raise UserError(f"{field} = {text!r}: {entry!r}: must be {need}")
+        paths.local(directory, field)
         shares[directory] = share
     if not shares:
         raise UserError(f"{field} = {text!r}: must name a directory that launch/prepare.py has made")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cola_jax import paths
 from cola_jax.data.hashing import position
 from cola_jax.types import UserError
 
@@ -76,6 +77,7 @@ def scan(pattern: str, separator: str) -> TextFiles:
     Raises:
       UserError: no such file, or one that cannot be read or is not UTF-8.
     """
+    paths.local(pattern, "config.data.files")
     # A name that exists is meant literally, even if it looks like a pattern.
     found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not found:

@@ -42,6 +42,7 @@ def stop_at(record: int):
 def folder(tmp_path, monkeypatch):
     """A folder with input, the finished corpus of it in "whole", and a stopped preparation in "out"."""
     monkeypatch.setattr(prepare, "_CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nothing here stops the machine
     corpus_files.write(tmp_path / "in", "jsonl", TEXTS)
     run(tmp_path, "whole")
     with pytest.raises(prepare.Unfinished, match="stopped; the same command goes on"):
@@ -254,7 +255,6 @@ def test_each_error_of_the_disk_ends_with_a_line_and_can_be_repeated(act, folder
             raise OSError(28, "No space left on device", "a file")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nothing here stops the machine
     monkeypatch.setattr(os, act, failing)
     for number in range(1, 100):
         left[0] = number
