@@ -11,6 +11,7 @@ import sys
 
 from absl import flags
 
+from cola_jax import paths
 from cola_jax.config import DataConfig
 from cola_jax.data import prepare, sources
 from cola_jax.data.tokenizer_choice import Choice
@@ -38,6 +39,8 @@ def main() -> None:
     for flag in (_INPUT, _FORMAT, _TOKENIZER, _OUTPUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: it must be given ({flags.FLAGS[flag.name].help})")
+    for flag in (_OUTPUT,) if _FORMAT.value == "tfds" else (_INPUT, _OUTPUT):
+        paths.local(flag.value, f"--{flag.name}")
     choice = Choice(_TOKENIZER.value, _VOCAB_SIZE.value, *(flag.value for flag in _IDS))
     where = (_TEXT_FIELD.value, _SEPARATOR.value, _SPLIT.value, _DATA_DIR.value)
     source = sources.create(_FORMAT.value, _INPUT.value, *where)
