@@ -13,8 +13,8 @@ from absl import flags
 
 from cola_jax import paths
 from cola_jax.config import DataConfig
-from cola_jax.data import prepare, sources
-from cola_jax.data.tokenizer_choice import Choice
+from cola_jax.data.preparation import prepare, sources
+from cola_jax.data.preparation.tokenizer_choice import Choice
 from cola_jax.types import UserError
 
 _INPUT = flags.DEFINE_string("input", None, "a file or a glob; with --format=tfds a data set, NAME or NAME:VERSION")

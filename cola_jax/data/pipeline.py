@@ -114,21 +114,23 @@ def _packed(config: DataConfig, stream: prepared.Stream, pad_id: int, seed: int 
 def _prepared_rows(config: DataConfig, tokenizer: Tokenizer, split: corpora.Split, seed: int):
     """(what `_packed` gives, of all corpora together, its size)."""
     phases = mixture.parse(config.files)
+    length = config.sequence_length - config.random_offset
+    found = {path: prepared.open_manifest(path, config) for path in mixture.directories(phases)}
+    if not any(each.splits["holdout"] for each in found.values()):
+        need = "prepared with a --holdout that leaves some; runs are evaluated on them"
+        raise UserError(f"config.data.files = {config.files!r}: has no held-out documents; must be {need}")
     sources = {}
-    for directory in mixture.directories(phases):
-        found = prepared.open_manifest(directory, config)
-        prepared.check_tokenizer(directory, found, tokenizer)
-        stream = prepared.open_stream(directory, found, split)
-        if not stream.documents:
-            need = "one that has documents to train on" if split == "train" else "prepared with a --holdout above 0"
-            raise UserError(f"config.data.files: {directory}: has no documents of split {split!r}; must be {need}")
-        order = _small(seed) if split == "train" else None
-        if split == "holdout" and config.packing == "concat":  # in order, whatever shuffles the others
-            sources[directory] = rows.InOrder(
-                stream, config.sequence_length - config.random_offset, tokenizer.pad_id, None
-            )
-        else:
-            sources[directory] = _packed(config, stream, tokenizer.pad_id, order)
+    for directory, each in found.items():
+        prepared.check_tokenizer(directory, each, tokenizer)
+        stream = prepared.open_stream(directory, each, split)
+        if split == "train":
+            if not stream.documents:
+                raise UserError(f"config.data.files: {directory}: must have documents to train on")
+            sources[directory] = _packed(config, stream, tokenizer.pad_id, _small(seed))
+        elif stream.documents and config.packing == "concat":  # in order, whatever shuffles the others
+            sources[directory] = rows.InOrder(stream, length, tokenizer.pad_id, None)
+        elif stream.documents:
+            sources[directory] = _packed(config, stream, tokenizer.pad_id, None)
     if split == "holdout":
         together = _OneAfterAnother(list(sources.values()))
         return together, together.size

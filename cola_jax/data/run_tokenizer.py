@@ -7,8 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from cola_jax.config import DataConfig
-from cola_jax.data import corpora, manifest, mixture, prepared, tokenizer_choice
-from cola_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from cola_jax.data import corpora, manifest, mixture, prepared
+from cola_jax.data.tokenizers import (
+    SAMPLE_CHARACTERS,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 _SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
 
@@ -16,7 +22,7 @@ _SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
 def _training_sample(config: DataConfig) -> Iterator[str]:
     """Some training documents in a fixed random order; the held-out ones never reach the tokenizer."""
     documents = corpora.documents(config, "train", seed=0)
-    budget = tokenizer_choice.SAMPLE_CHARACTERS
+    budget = SAMPLE_CHARACTERS
     most = _SAMPLE_STORIES if config.corpus == "stories" else len(documents)
     for index in np.random.default_rng(0).permutation(len(documents))[:most]:
         text = documents[int(index)][:budget]

@@ -19,6 +19,7 @@ _SPACE = "\u2581"  # SentencePiece's own sign for a space
 _LINE = 4000  # longest line given to the trainer, in characters; it skips lines that exceed its limit
 _TRAINER_RESERVED = re.compile("[\n\r\t\0\u2581\u2585]+")  # lines with such characters would be skipped
 _WORD = re.compile(r"\w+")
+SAMPLE_CHARACTERS = 10_000_000  # most text a tokenizer is trained on; about half a minute
 _MOST_WORDS = 50_000  # words that are offered to the trainer as whole pieces
 
 

@@ -58,7 +58,7 @@ def _install(fuse: _Fuse) -> None:
 
 
 def _prepare(folder: Path, output: Path, count: int = 0) -> None:
-    from cola_jax.data import prepare, sources, tokenizer_choice
+    from cola_jax.data.preparation import prepare, sources, tokenizer_choice
 
     source = sources.create("jsonl", str(folder / "in" / "*.jsonl"))
     options = prepare.Options(holdout=0.3, shard_tokens=100, deduplicate=True, workers=count)

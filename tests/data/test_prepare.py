@@ -13,18 +13,8 @@ import pytest
 from test_huggingface_tokenizer import byte_level
 from test_tokenizers import HOSTILE, WORDS
 
-from cola_jax.data import (
-    hashing,
-    manifest,
-    meter,
-    packing,
-    prepare,
-    shards,
-    sources,
-    tokenizer_choice,
-    tokenizers,
-    workers,
-)
+from cola_jax.data import hashing, manifest, packing, shards, tokenizers
+from cola_jax.data.preparation import meter, prepare, sources, tokenizer_choice, workers
 from cola_jax.types import UserError
 
 

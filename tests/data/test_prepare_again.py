@@ -9,7 +9,8 @@ from pathlib import Path
 import corpus_files
 import pytest
 
-from cola_jax.data import manifest, prepare, progress, sources, tokenizer_choice
+from cola_jax.data import manifest
+from cola_jax.data.preparation import prepare, progress, sources, tokenizer_choice
 from cola_jax.types import UserError
 
 HERE = Path(__file__).parent

@@ -63,7 +63,7 @@ def test_prepared_rows_are_those_of_online_text(online, config, mode, offset):
 
 
 def test_an_epoch_shorter_than_a_row(online, tmp_path):
-    write(tmp_path / "prepared", ["ab", "cde", "f"])
+    write(tmp_path / "prepared", ["ab", "cde", "f"], ["g"])
     config = dataclasses.replace(online, corpus="prepared", files=str(tmp_path / "prepared"))
     row = take(config, 1)[0]
     assert np.bincount(row["segment_ids"][0])[1:].sum() == LENGTH  # 9 tokens an epoch, seven epochs and a bit
@@ -305,6 +305,15 @@ def test_an_edited_manifest_is_noticed(damaged):
     path.write_text(json.dumps(body))
     with pytest.raises(UserError, match="does not match its own fingerprint"):
         pipeline.create(config, TOKENIZER, "train", 0)
+
+
+def test_a_corpus_without_held_out_documents_is_refused_before_training(config, tmp_path):
+    write(tmp_path / "none", texts(20))
+    with pytest.raises(UserError, match="has no held-out documents; must be prepared with a --holdout"):
+        pipeline.create(dataclasses.replace(config, files=str(tmp_path / "none")), TOKENIZER, "train", 0)
+    both = dataclasses.replace(config, files=f"{config.files}=1,{tmp_path / 'none'}=1")
+    held_out = list(pipeline.create(both, TOKENIZER, "holdout", 0))
+    assert digest(held_out) == digest(list(pipeline.create(config, TOKENIZER, "holdout", 0)))
 
 
 def test_another_tokenizer_and_alignment_are_refused(damaged):

@@ -14,7 +14,8 @@ import pytest
 from test_tokenizers import HOSTILE
 
 from cola_jax.config import DataConfig
-from cola_jax.data import records, sources, text_files, tokenizers
+from cola_jax.data import text_files, tokenizers
+from cola_jax.data.preparation import records, sources
 from cola_jax.types import UserError
 
 TEXTS = [text for text in HOSTILE if text.strip()] + [f"text {i} \u00e9" for i in range(20)]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cola_jax.data import hashing, records
+from cola_jax.data import hashing
+from cola_jax.data.preparation import records
 from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.types import UserError
 

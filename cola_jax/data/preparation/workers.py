@@ -55,7 +55,7 @@ def ordered(function: Callable, items: Iterable[tuple], count: int) -> Iterator[
         return
     # Not forked from here: this process may have threads. A server forks them that has none and has imported all.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cola_jax.data.prepare"])
+    context.set_forkserver_preload(["cola_jax.data.preparation.prepare"])
     pool = concurrent.futures.ProcessPoolExecutor(count, context, _start, (function,))
     waiting: collections.deque = collections.deque()
     try:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cola_jax.data import manifest, packing, progress, records, selection, shards, workers
-from cola_jax.data.meter import Meter
-from cola_jax.data.selection import Options
-from cola_jax.data.tokenizer_choice import Choice
+from cola_jax.data import manifest, packing, shards
+from cola_jax.data.preparation import progress, records, selection, workers
+from cola_jax.data.preparation.meter import Meter
+from cola_jax.data.preparation.selection import Options
+from cola_jax.data.preparation.tokenizer_choice import Choice
 from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.types import UserError
 

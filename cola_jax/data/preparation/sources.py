@@ -5,7 +5,8 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 
-from cola_jax.data import compression, records, shards, tables, text_files
+from cola_jax.data import shards, text_files
+from cola_jax.data.preparation import compression, records, tables
 from cola_jax.types import UserError
 
 FORMATS = ("jsonl", "parquet", "text", "tfds", "arrayrecord", "megatron")

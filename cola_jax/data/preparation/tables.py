@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cola_jax.data import records
+from cola_jax.data.preparation import records
 from cola_jax.types import UserError
 
 _PIECE = 2**20  # bytes of a buffer for reading

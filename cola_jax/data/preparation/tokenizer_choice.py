@@ -5,14 +5,14 @@ import heapq
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cola_jax.data import manifest, progress, tokenizers
+from cola_jax.data import manifest, tokenizers
+from cola_jax.data.preparation import progress
 from cola_jax.types import UserError
 
-SAMPLE_CHARACTERS = 10_000_000  # most text a tokenizer is trained on; about half a minute
 _LONGEST = 100_000  # characters of a document that are looked at, so that a few long ones are not all there is
 
 
-def sample(texts: Iterable[str], characters: int = SAMPLE_CHARACTERS, longest: int = _LONGEST) -> list[str]:
+def sample(texts: Iterable[str], characters: int = tokenizers.SAMPLE_CHARACTERS, longest: int = _LONGEST) -> list[str]:
     """Documents of which the hash is lowest, as many as the budget holds; in the order of their hashes.
 
     They are spread evenly over the corpus, depend on its content alone, and equal ones count once. No more than the
