@@ -134,6 +134,8 @@ def _prepared_rows(config: DataConfig, tokenizer: Tokenizer, split: corpora.Spli
     if split == "holdout":
         together = _OneAfterAnother(list(sources.values()))
         return together, together.size
+    if len(sources) == 1:
+        return next(iter(sources.values())), _ENDLESS
     return _Mixed(mixture.Selection(phases, config.batch_size), sources), _ENDLESS
 
 
