@@ -2,7 +2,7 @@
 
 import collections
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _SAMPLE = 1000  # documents whose fertility is measured
 
 
 def batches(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, start: int, stop: int, wanted: Sequence[int] | None = None
+    config: DataConfig, tokenizer: Tokenizer, seed: int, start: int, stop: int, wanted: np.ndarray | None = None
 ) -> Iterator[packing.Row]:
     """The batches of steps ``start`` + 1 to ``stop`` of a stage whose data has this seed.
 
