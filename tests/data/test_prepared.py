@@ -154,7 +154,7 @@ def test_batches_do_not_depend_on_who_reads_them(config, mode):
     iterator.close()
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [3])
 def test_workers_change_nothing(config, workers):
     whole = take(config, 20)
     some = dataclasses.replace(config, num_workers=workers)
