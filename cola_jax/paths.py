@@ -7,6 +7,7 @@ A path that cannot be used is refused in one line: `pathlib` would make a folder
 
 import atexit
 import functools
+import glob
 import importlib.util
 import os
 import re
@@ -48,6 +49,30 @@ def local(value: StrPath, field: str) -> Path:
             "where a bucket can be mounted (docs/scaling.md)"
         )
     return Path(value).expanduser().absolute()
+
+
+def matching(pattern: str, field: str) -> list[str]:
+    """The files of this machine that a name or a glob means, sorted.
+
+    Raises:
+      UserError: there is none, or it is a URL.
+    """
+    local(pattern, field)
+    if os.path.isfile(pattern):  # a name that exists is meant literally, even if it looks like a pattern
+        return [pattern]
+    if found := sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
+        return found
+    raise UserError(f"{field} = {pattern!r}: no such file; must be a file or a glob that matches one")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file: a reader, or a process killed at any time, finds the old content or the new."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def check(value: StrPath, field: str) -> None:

@@ -45,14 +45,13 @@ def chosen() -> tuple[DataConfig, int]:
         raise UserError("--data is missing: it must name a prepared corpus; or --config a config file")
     if _DATA.value is None:
         found = cli.read_config(_CONFIG)
-        return found.data, found.data_seed
+        return found.data, data_seed(found.data_seed, _STAGE.value)
     directory = mixture.directories(mixture.parse(_DATA.value, "--data"))[0]
-    given = {"batch_size": _BATCH_SIZE.value, "sequence_length": _LENGTH.value}
-    given |= {"packing": _PACKING.value, "shuffle": _SHUFFLE.value}
-    tokenizer = manifest.read(directory).tokenizer.name
-    data = DataConfig(corpus="prepared", files=_DATA.value, tokenizer=tokenizer, **given)
+    given = {"batch_size": _BATCH_SIZE.value, "sequence_length": _LENGTH.value, "packing": _PACKING.value}
+    given |= {"shuffle": _SHUFFLE.value, "tokenizer": manifest.read(directory).tokenizer.name}
+    data = DataConfig(corpus="prepared", files=_DATA.value, **given)
     fields.check(data, "data.")
-    return data, _SEED.value
+    return data, data_seed(_SEED.value, _STAGE.value)
 
 
 def main() -> None:
@@ -61,7 +60,6 @@ def main() -> None:
         raise UserError(f"--steps = {_STEPS.value}: must be FIRST:LAST with FIRST < LAST")
     start, stop = int(found[1]), int(found[2])
     data, seed = chosen()
-    seed = data_seed(seed, _STAGE.value)
     with tempfile.TemporaryDirectory() as place:
         tokenizer = run_tokenizer.create(data, Path(place) / manifest.TOKENIZER_FILES.get(data.tokenizer, "tokenizer"))
     if _DIGEST.value:

@@ -39,8 +39,7 @@ def main() -> None:
     for flag in (_INPUT, _FORMAT, _TOKENIZER, _OUTPUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: it must be given ({flags.FLAGS[flag.name].help})")
-    for flag in (_OUTPUT,) if _FORMAT.value == "tfds" else (_INPUT, _OUTPUT):
-        paths.local(flag.value, f"--{flag.name}")
+    paths.local(_OUTPUT.value, "--output")
     choice = Choice(_TOKENIZER.value, _VOCAB_SIZE.value, *(flag.value for flag in _IDS))
     where = (_TEXT_FIELD.value, _SEPARATOR.value, _SPLIT.value, _DATA_DIR.value)
     source = sources.create(_FORMAT.value, _INPUT.value, *where)

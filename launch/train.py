@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from cola_jax import cli, families, paths, rng, runs
 from cola_jax.evaluation import evaluators
-from cola_jax.train import experiment, loop, plan, reports, trainer, workdir
+from cola_jax.train import experiment, loop, plan, trainer, workdir
 
 _CONFIG = cli.config_flag()
 _PLAN = flags.DEFINE_string("plan", None, "only report what the run needs there: v5e:4x4, v4:2x2x2, h100:8, ...")
@@ -69,7 +69,7 @@ def main() -> None:
     if config.evaluation.count and chosen and parts.stages[-1].steps:
         report = evaluators.report(runs.load(str(directory)), config.evaluation, config.seed, log)
         if jax.process_index() == 0:  # the others have computed the same
-            reports.write_atomically(directory / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+            paths.write_atomically(directory / "report.json", (json.dumps(report, indent=1) + "\n").encode())
         log(f"checkpoints, metrics and report.json are in {directory}")
 
 

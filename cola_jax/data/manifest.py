@@ -9,9 +9,9 @@ DIR/holdout-00000.bin, .idx, ...     those that never are
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from cola_jax import paths
 from cola_jax.types import UserError
 
 NAME = "manifest.json"
@@ -72,13 +72,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes `manifest.json`; a reader sees all of it or nothing."""
         body = {"version": VERSION, **dataclasses.asdict(self), "fingerprint": self.fingerprint}
-        partial = Path(directory) / (NAME + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, Path(directory) / NAME)
+        paths.write_atomically(Path(directory) / NAME, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def read(directory: str | Path) -> Manifest:

@@ -1,11 +1,12 @@
 """The tokenizer of a run: of a file, of its prepared corpus, or trained on its corpus."""
 
 import os
-import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from cola_jax import paths
 from cola_jax.config import DataConfig
 from cola_jax.data import corpora, manifest, mixture, prepared
 from cola_jax.data.tokenizers import (
@@ -61,7 +62,7 @@ def _copy_prepared(config: DataConfig, path: str | os.PathLike) -> None:
     directory = mixture.directories(mixture.parse(config.files))[0]
     found = prepared.open_manifest(directory, config)
     prepared.read_tokenizer(directory, found)
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    os.makedirs(os.path.dirname(partial) or ".", exist_ok=True)
-    shutil.copyfile(os.path.join(directory, manifest.TOKENIZER_FILES[found.tokenizer.name]), partial)
-    os.replace(partial, path)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = manifest.TOKENIZER_FILES[found.tokenizer.name]
+    paths.write_atomically(target, (Path(directory) / name).read_bytes())

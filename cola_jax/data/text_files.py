@@ -2,7 +2,6 @@
 
 import codecs
 import functools
-import glob
 import hashlib
 import mmap
 import os
@@ -77,12 +76,7 @@ def scan(pattern: str, separator: str) -> TextFiles:
     Raises:
       UserError: no such file, or one that cannot be read or is not UTF-8.
     """
-    paths.local(pattern, "config.data.files")
-    # A name that exists is meant literally, even if it looks like a pattern.
-    found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not found:
-        raise UserError(f"config.data.files = {pattern!r}: no such file; must be a file or a glob that matches one")
-    return TextFiles([_open(path, separator) for path in found])
+    return TextFiles([_open(path, separator) for path in paths.matching(pattern, "config.data.files")])
 
 
 def _unreadable(path: str, error: OSError) -> UserError:

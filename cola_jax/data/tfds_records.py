@@ -31,13 +31,9 @@ class Records:
         """The text of a record.
 
         Raises:
-          UserError: it has no such field, or is not UTF-8.
+          UserError: it is not UTF-8.
         """
-        record = self._source[index]
-        if self._field not in record:
-            there = ", ".join(map(repr, record))
-            raise UserError(f"config.data.text_field = {self._field!r}: {self._name} has {there}; must be one of them")
-        value = record[self._field]
+        value = self._source[index][self._field]
         value = value.item() if isinstance(value, np.ndarray) else value
         try:
             return value.decode("utf-8") if isinstance(value, bytes) else str(value)
@@ -45,21 +41,38 @@ class Records:
             raise UserError(f"{self._name}: record {index} is not UTF-8 ({error.reason}); must be text") from error
 
 
-def open_source(name: str, split: str):
-    """The random-access source of a data set that is prepared on this machine, or that TFDS can prepare.
+def open_source(name: str, field: str, split: str, data_dir: str | None, asked: str):
+    """The examples of a data set, by index, and its full name; it is downloaded and prepared if it is not here.
+
+    Args:
+      name: NAME, NAME/CONFIG or NAME:VERSION.
+      field: the feature that is decoded; the others are left as they are stored.
+      split: as TFDS understands it.
+      data_dir: None: TFDS's own.
+      asked: flags or fields that asked for it, with their values, for errors.
 
     Raises:
-      UserError: TFDS has no such data set or split, or cannot read it.
+      UserError: TFDS has no such data set, split or feature, or cannot read it.
     """
-    import tensorflow_datasets as tfds  # takes a second to import
-
     try:
-        return tfds.data_source(name, split=split)
-    except Exception as error:  # TFDS raises its own of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"config.data.files = {name!r}, tfds_split = {split!r}: must be a data set of TFDS ({reason})"
-        ) from error
+        import tensorflow_datasets as tfds  # takes a second to import
+
+        builder = tfds.builder(name, data_dir=data_dir)
+        features = builder.info.features
+        if not isinstance(features, dict | tfds.features.FeaturesDict) or field not in features:
+            has = ", ".join(map(repr, features)) if features else "none that are named"
+            raise UserError(f"{asked}: no feature {field!r}; it has {has}")
+        if not builder.data_path.exists():
+            builder.download_and_prepare(file_format="array_record")
+        decoders = {name: tfds.decode.SkipDecoding() for name in features if name != field}
+        return builder.as_data_source(split=split, decoders=decoders), builder.info.full_name
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{asked}: needs the package {error.name}; pip install 'cola_jax[data]'") from error
+    except Exception as error:  # TFDS raises what it likes: of names, splits, versions, downloads and formats
+        reason = " ".join(str(error).split()).partition(" Available datasets")[0][:300]
+        raise UserError(f"{asked}: must be a data set of TFDS ({reason or type(error).__name__})") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -69,4 +82,5 @@ def scan(name: str, split: str, field: str) -> Records:
     Raises:
       UserError: as `open_source` and `Records.read`.
     """
-    return Records(open_source(name, split), f"{name} {split}", field)
+    source, full_name = open_source(name, field, split, None, f"config.data.files = {name}, tfds_split = {split}")
+    return Records(source, f"{full_name} {split}", field)

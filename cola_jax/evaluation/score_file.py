@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cola_jax.train import reports
+from cola_jax import paths
 from cola_jax.types import UserError
 
 
@@ -25,7 +25,7 @@ def resume(path: Path, identity: dict) -> int:
     if not path.parent.is_dir():
         raise UserError(f"--output = {path}: no such directory {path.parent}")
     if not path.exists() or not path.stat().st_size:
-        reports.write_atomically(note, json.dumps(identity, indent=1).encode())
+        paths.write_atomically(note, json.dumps(identity, indent=1).encode())
         path.touch()
         return 0
     if not note.exists():

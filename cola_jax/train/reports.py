@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import tensorboardX
 
+from cola_jax import paths
 from cola_jax.config import Config
 from cola_jax.families.interface import Stage
 from cola_jax.train import devices
@@ -35,17 +36,7 @@ def truncate(path: Path, stage: int, step: int) -> None:
             continue  # torn while it was written
         if before and line.endswith(b"\n"):
             kept.append(line)
-    write_atomically(path, b"".join(kept))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file: a reader, or a run killed at any time, finds the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    paths.write_atomically(path, b"".join(kept))
 
 
 def _loss_first(values: dict[str, float]) -> dict[str, float]:

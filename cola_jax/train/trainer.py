@@ -333,7 +333,6 @@ class Batches:
         """Goes on where a checkpoint of ``step`` stands; where batches are found by index the step is all it takes."""
         by_index = set(json.loads(self.position)) == {"step"}
         self._iterator.set_state({"step": step} if by_index else json.loads(position))
-        self._ready.clear()
         self.position = self._state()
 
     def __iter__(self) -> "Batches":

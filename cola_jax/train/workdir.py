@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 
 from cola_jax import config as configs
-from cola_jax import families, nested
+from cola_jax import families, nested, paths
 from cola_jax.config import Config
-from cola_jax.train import distributed, reports
+from cola_jax.train import distributed
 from cola_jax.types import UserError
 
 # How a run is computed, watched, kept and evaluated: these may change from one start to the next, so that a run can
@@ -73,7 +73,7 @@ def _claim(config: Config, workdir: Path) -> None:
     elif jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            reports.write_atomically(workdir / "config.json", json.dumps(now, indent=2).encode() + b"\n")
+            paths.write_atomically(workdir / "config.json", json.dumps(now, indent=2).encode() + b"\n")
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--workdir = {workdir}: must be a directory that can be written ({reason})") from error

@@ -16,10 +16,17 @@ def texts(count: int, seed: int = 0, longest: int = 88) -> list[str]:
 
 def write(directory: Path, train: list[str], holdout: list[str] = (), align: int = 1, shard_tokens: int = 500) -> Path:
     """A corpus of texts as `launch/prepare.py` writes it, with bytes as tokens."""
+    splits = {"train": train, "holdout": holdout}
+    ids = {split: [packing.document_tokens(t, TOKENIZER, align) for t in found] for split, found in splits.items()}
+    return write_ids(directory, ids, align, shard_tokens)
+
+
+def write_ids(directory: Path, documents: dict[str, list[np.ndarray]], align: int, shard_tokens: int) -> Path:
+    """A corpus of documents that are ids of the tokenizer "bytes" already."""
     directory.mkdir(parents=True, exist_ok=True)
     splits = {}
-    for split, documents in (("train", train), ("holdout", holdout)):
-        infos, waiting = [], [packing.document_tokens(text, TOKENIZER, align) for text in documents]
+    for split, found in documents.items():
+        infos, waiting = [], list(found)
         while waiting:
             name = f"{split}-{len(infos):05d}"
             writer = shards.Writer(directory / name, "<u2")

@@ -12,12 +12,11 @@ import toy_model
 from absl import flags
 
 from cola_jax import cli
-from cola_jax.data import manifest, pipeline, shards, tokenizers
+from cola_jax.data import pipeline
 from cola_jax.train import loop
 from cola_jax.train.experiment import Experiment
 from cola_jax.types import Term
-
-BYTES = tokenizers.ByteTokenizer()  # its ids are more than the toy's; the corpus has the toy's
+from tests.data import prepared_corpora
 
 
 class Batches:
@@ -45,21 +44,11 @@ def dataset(split: str, seed: int, wanted=None):
     return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
-def write_corpus(directory: Path, documents: int = 300) -> None:
+def write_corpus(directory: Path) -> None:
     """A prepared corpus of the toy's tokens, in several shards."""
-    directory.mkdir(parents=True)
-    draw, infos = np.random.default_rng(0), []
-    for number in range(3):
-        name = f"train-{number:05d}"
-        writer = shards.Writer(directory / name, "<u2")
-        for _ in range(documents // 3):
-            writer.add(draw.integers(0, toy_model.VOCAB, draw.integers(1, 30)))
-        writer.close()
-        sums = [manifest.file_sha256(directory / (name + suffix)) for suffix in (".bin", ".idx")]
-        infos.append(manifest.ShardInfo(name, writer.documents, writer.tokens, *sums))
-    info = manifest.TokenizerInfo(BYTES.name, BYTES.fingerprint, BYTES.vocab_size, BYTES.eos_id, BYTES.pad_id)
-    splits = {"train": tuple(infos), "holdout": (infos[-1],)}
-    manifest.Manifest(info, 1, splits, {}, {}).write(directory)
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(0, toy_model.VOCAB, draw.integers(1, 30)) for _ in range(300)]
+    prepared_corpora.write_ids(directory, {"train": documents, "holdout": documents[:50]}, 1, shard_tokens=1500)
 
 
 def prepared_experiment(config, directory: Path) -> Experiment:
@@ -68,8 +57,8 @@ def prepared_experiment(config, directory: Path) -> Experiment:
     data = dataclasses.replace(config.data, **data)
     return dataclasses.replace(
         experiment(config),
-        dataset=functools.partial(pipeline.create, data, BYTES),
-        fingerprint=functools.partial(pipeline.fingerprint, data, BYTES),
+        dataset=functools.partial(pipeline.create, data, prepared_corpora.TOKENIZER),
+        fingerprint=functools.partial(pipeline.fingerprint, data, prepared_corpora.TOKENIZER),
     )
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from cola_jax import nested
+from cola_jax import nested, paths
 from cola_jax.data import manifest
 from cola_jax.types import UserError
 
@@ -59,12 +59,7 @@ class Progress:
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file of which a reader sees all or nothing, whenever the machine stops."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    paths.write_atomically(path, content)
     sync(path.parent)
 
 

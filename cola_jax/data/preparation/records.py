@@ -6,7 +6,6 @@ error.
 """
 
 import abc
-import glob
 import importlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cola_jax import paths
 from cola_jax.types import UserError
 
 LONGEST = 2**30  # bytes of a document; more is a file of another format
@@ -119,11 +119,7 @@ class Files(Source):
     damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
 
     def __init__(self, pattern: str):
-        # A name that exists is meant literally, even if it looks like a pattern.
-        literal = os.path.isfile(pattern)
-        self.paths = [pattern] if literal else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        if not self.paths:
-            raise UserError(f"--input = {pattern!r}: no such file; must be a file or a glob that matches one")
+        self.paths = paths.matching(pattern, "--input")
         self._sizes = [os.path.getsize(path) for path in self.paths]
         self.size = sum(self._sizes)
         self._before, self._within = 0, 0

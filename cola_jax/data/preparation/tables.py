@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from cola_jax.data import tfds_records
 from cola_jax.data.preparation import records
 from cola_jax.types import UserError
 
@@ -99,25 +100,9 @@ class Tfds(records.Source):
     unit = "example"
 
     def __init__(self, name: str, field: str, split: str, data_dir: str | None):
-        tfds = records.require("tensorflow_datasets", "data", "--format=tfds")
-        try:
-            builder = tfds.builder(name, data_dir=data_dir)
-            features = builder.info.features
-            if not isinstance(features, dict | tfds.features.FeaturesDict) or field not in features:
-                has = ", ".join(map(repr, features)) if features else "none that are named"
-                raise UserError(f"--input = {name}: no feature {field!r}; it has {has}")
-            if not builder.data_path.exists():
-                builder.download_and_prepare(file_format="array_record")
-            decoders = {name: tfds.decode.SkipDecoding() for name in features if name != field}
-            self._examples = builder.as_data_source(split=split, decoders=decoders)
-        except UserError:
-            raise
-        except ImportError as error:
-            raise UserError(f"--format=tfds: needs the package {error.name}; pip install 'cola_jax[data]'") from error
-        except Exception as error:  # TFDS raises what it likes: of names, splits, versions, downloads and formats
-            reason = " ".join(str(error).split()).partition(" Available datasets")[0][:300]
-            raise UserError(f"--input = {name}, --split = {split}: {reason or type(error).__name__}") from error
-        self._name, self._field = builder.info.full_name, field
+        asked = f"--input = {name}, --split = {split}"
+        self._examples, self._name = tfds_records.open_source(name, field, split, data_dir, asked)
+        self._field = field
         self.size, self.position = len(self._examples), 0
         self.description = {"data set": self._name, "split": split, "examples": self.size}
 
