@@ -60,7 +60,7 @@ def open_source(name: str, field: str, split: str, data_dir: str | None, asked: 
         builder = tfds.builder(name, data_dir=data_dir)
         features = builder.info.features
         if not isinstance(features, dict | tfds.features.FeaturesDict) or field not in features:
-            has = ", ".join(map(repr, features)) if features else "none that are named"
+            has = ", ".join(map(repr, sorted(features))) if features else "none that are named"
             raise UserError(f"{asked}: no feature {field!r}; it has {has}")
         if not builder.data_path.exists():
             builder.download_and_prepare(file_format="array_record")
