@@ -11,7 +11,7 @@ import pytest
 
 from cola_jax import families, rng
 from cola_jax.config import Config
-from cola_jax.models import autoregressive, cola
+from cola_jax.models import cola, transformer
 
 KEY = jax.random.key(0)
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
@@ -54,7 +54,7 @@ def test_the_paper_s_baseline_has_the_paper_s_size():
     """Table 9: 1.8B in the layers and 410,738,688 in the embeddings."""
     config = load("paper_2b_ar")
     params = jax.eval_shape(families.autoregressive.make_init(families.autoregressive.make_model(config), config), KEY)
-    found = autoregressive.count_parameters(params)
+    found = transformer.count_parameters(params)
     assert (found.core, found.embeddings) == (1_811_939_328, 410_738_688)
 
 

@@ -11,7 +11,9 @@ from cola_jax.families.interface import Family, Group, Scores, Stage
 from cola_jax.fields import like, require
 from cola_jax.likelihood import exact
 from cola_jax.models import autoregressive as models
-from cola_jax.models.autoregressive import Autoregressive, TransformerConfig
+from cola_jax.models import transformer
+from cola_jax.models.autoregressive import Autoregressive
+from cola_jax.models.transformer import TransformerConfig
 from cola_jax.objectives import next_token
 from cola_jax.objectives.next_token import NextTokenConfig
 from cola_jax.sampling import autoregressive as sampling
@@ -79,7 +81,7 @@ def make_stages(model: Autoregressive | None, config: AutoregressiveConfig) -> t
             trained={"transformer": Group()},
             frozen={},
             terms=terms,
-            flops_per_token=3 * models.forward_flops(config.transformer, config.data.sequence_length),
+            flops_per_token=3 * transformer.forward_flops(config.transformer, config.data.sequence_length),
         ),
     )
 
@@ -99,7 +101,7 @@ def default_settings(config: AutoregressiveConfig, tokenizer) -> sampling.Settin
 def generation_flops(config: AutoregressiveConfig, settings: sampling.Settings) -> float:
     """FLOPs of the multiplications by weights for each new token: every weight once."""
     del settings
-    return models.forward_flops(config.transformer, 0)
+    return transformer.forward_flops(config.transformer, 0)
 
 
 def score(model: Autoregressive, params: Params, tokens, segment_ids, settings, key: Key, prefix=None) -> Scores:

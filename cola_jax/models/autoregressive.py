@@ -6,150 +6,16 @@ first token is predicted too, and log p(x) is a density over whole documents. A 
 the next row as a segment of its own, and is predicted from "begin" there as well.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cola_jax import sharding
-from cola_jax.fields import setting
-from cola_jax.models.vocabulary_head import VocabularyHead
+from cola_jax.models.transformer import KV, Transformer, TransformerConfig, TransformerContext
 from cola_jax.nn import attention, embeddings, visibility
-from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, unstack_axis
 from cola_jax.nn.visibility import BlockPlan
-from cola_jax.types import Params
-
-KV = tuple[Array, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Pre-norm decoder with RoPE and SwiGLU, linear maps without biases, input and output embeddings not tied."""
-
-    vocab_size: int = setting(0, "V; 0: the tokenizer's", at_least=0)
-    dim: int = setting(128, "width of the residual stream", at_least=1)
-    ffn_dim: int = setting(512, "width of the value, and of the gate, of the SwiGLU", at_least=1)
-    num_heads: int = setting(4, "attention heads", at_least=1)
-    head_dim: int = setting(32, "channels of a head", at_least=2, where=(lambda n: n % 2 == 0, "an even number"))
-    num_layers: int = setting(4, "layers", at_least=1)
-    norm: str = setting("rmsnorm", "of the layers and the output", choices=("rmsnorm", "layernorm"))
-    norm_eps: float = setting(1e-6, "added to the variance", above=0)
-    rope_theta: float = setting(500_000.0, "base of the rotary frequencies", above=0)
-    qk_norm: bool = setting(False, "normalise each head's queries and keys, before RoPE")
-    attention_kernel: str = setting("auto", "auto: splash where it suits", choices=attention.KERNELS)
-    remat: str = setting("none", "what the backward pass computes again", choices=("none", "full", "attention", "dots"))
-    unroll: int = setting(1, "layers compiled one after another", at_least=1)
-    logit_chunk: int = setting(
-        64, "positions of each sequence whose logits exist at one time in training; 0: all", at_least=0
-    )
-    logit_rows: int = setting(
-        1024, "and more of them, until a device has so many positions of all its sequences; 0: not more", at_least=0
-    )
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 (or wider), returned in the input's type."""
-
-    eps: float
-    name_of_axis: str | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.name_of_axis,))
-        scale = self.param("scale", init, (x.shape[-1],))
-        return (y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
-
-
-def _norm(config: TransformerConfig, name: str | None = None, axis: str | None = None) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.norm_eps, axis, name=name)
-    return LayerNorm(config.norm_eps, name_of_axis=axis, name=name)
-
-
-class TransformerContext(NamedTuple):
-    """What all layers share: rotation angles, and who sees whom: a layout, or masks where there is a cache."""
-
-    angles: Array
-    layout: attention.RowLayout | None = None
-    own_mask: Array | None = None
-    history_mask: Array | None = None
-
-
-class TransformerLayer(nn.Module):
-    """Attention and SwiGLU, each behind a norm and added to the residual stream."""
-
-    config: TransformerConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N C"], history: KV | None, context: TransformerContext):
-        attended, kv = self._attention(_norm(self.config, "norm_attention")(x), history, context)
-        x = sharding.constrain(x + attended, "batch", "length", None)
-        return x + self._mlp(_norm(self.config, "norm_mlp")(x)), kv
-
-    def _linear(self, name: str, features, names):
-        return Linear(features, names, use_bias=False, dtype=self.dtype, name=name)
-
-    def _attention(self, x, history, context: TransformerContext):
-        config, heads = self.config, (self.config.num_heads, self.config.head_dim)
-        qkv = self._linear("qkv", (3, *heads), ("embed", None, "heads", "kv"))(x)
-        q, k, v = unstack_axis(sharding.constrain(qkv, "batch", "length", None, "heads", "kv"), 2)
-        if config.qk_norm:
-            q, k = _norm(config, "norm_q", "kv")(q), _norm(config, "norm_k", "kv")(k)
-        q = embeddings.apply_rope(q, context.angles, interleaved=False)
-        k = embeddings.apply_rope(k, context.angles, interleaved=False)
-        if history is None:
-            y = attention.attend_row(q, k, v, context.layout)
-        else:
-            y = attention.attend_cached(q, k, v, history, context.history_mask, context.own_mask)
-        out = self._linear("out", (config.dim,), ("heads", "embed"))
-        return out(y.reshape(*x.shape[:2], math.prod(heads))), (k, v)
-
-    def _mlp(self, x):
-        config = self.config
-        value, gate = unstack_axis(self._linear("mlp_in", (2, config.ffn_dim), ("embed", None, "mlp"))(x), 2)
-        h = sharding.constrain(value * nn.silu(gate), "batch", "length", "mlp")
-        return self._linear("mlp_out", (config.dim,), ("mlp", "embed"))(h)
-
-
-class Transformer(nn.Module):
-    """Token ids to hidden states, and those to logits; V, one more than the last id, is the vector "begin"."""
-
-    config: TransformerConfig
-    dtype: jnp.dtype
-
-    def setup(self):
-        config, init = self.config, nn.initializers.normal(1.0)
-        table = nn.with_logical_partitioning(init, ("vocab", "embed"))
-        self.wte = self.param("wte", table, (config.vocab_size, config.dim))
-        self.begin = self.param("begin", nn.with_logical_partitioning(init, ("embed",)), (config.dim,))
-        self.layers = scan_layers(TransformerLayer, config.num_layers, config.remat, config.unroll)(config, self.dtype)
-        self.final_norm = _norm(config)
-        chunk = (config.logit_chunk, config.logit_rows)
-        self.head = VocabularyHead(config.dim, config.vocab_size, False, self.dtype, *chunk)
-
-    def hidden(self, ids: Int[Array, "B N"], context: TransformerContext, cache: KV | None = None):
-        """Normalised states [B, N, C], and keys and values [layers, B, N, H, C] of the positions."""
-        is_begin = (ids == self.config.vocab_size)[..., None]
-        x = jnp.take(self.wte.astype(self.dtype), jnp.minimum(ids, self.config.vocab_size - 1), axis=0)
-        x = jnp.where(is_begin, self.begin.astype(self.dtype)[None, None], x)
-        x, kv = self.layers(sharding.constrain(x, "batch", "length", None), cache, context)
-        return self.final_norm(x), kv
-
-    def logits(self, hidden: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
-        """Logits of every token, float32."""
-        return self.head(hidden)
-
-    def reduced_logits(self, hidden, tokens, reduce):
-        """``reduce(logits(hidden), tokens)``, without all logits at once."""
-        return self.head.reduced(hidden, tokens, reduce)
 
 
 class Autoregressive(nn.Module):
@@ -159,7 +25,7 @@ class Autoregressive(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self):
-        self.transformer = Transformer(self.config, self.dtype)
+        self.transformer = Transformer(self.config, self.dtype, "begin")
 
     def _read(self, tokens, segment_ids):
         """States and keys and values of a row, each position reading the token before it."""
@@ -244,45 +110,3 @@ class Autoregressive(nn.Module):
 def create(config: TransformerConfig, dtype="float32") -> Autoregressive:
     """The model; ``config.vocab_size`` must be known."""
     return Autoregressive(config, jnp.dtype(dtype))
-
-
-class Parameters(NamedTuple):
-    """Numbers of parameters as Table 9 counts them.
-
-    Attributes:
-      core: matrices of the layers.
-      embeddings: input and output embeddings.
-      rest: what the paper does not count: norms, and the vector "begin".
-    """
-
-    core: int
-    embeddings: int
-    rest: int
-
-
-def count_parameters(params: Params) -> Parameters:
-    """The `Parameters` of the model's variables, or of their shapes from `jax.eval_shape`."""
-    counts = dict.fromkeys(Parameters._fields, 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params)):
-        names = [entry.key for entry in path]
-        if "layers" in names and names[-1] == "kernel":
-            kind = "core"
-        else:
-            kind = "embeddings" if names[-1] in ("wte", "kernel") else "rest"
-        counts[kind] += math.prod(leaf.shape)
-    return Parameters(**counts)
-
-
-def forward_flops(config: TransformerConfig, length: int) -> float:
-    """Model FLOPs of the forward pass per token of a row.
-
-    2 for each weight of a matrix that a position passes through; causal attention adds ``4 * (T / 2) * width`` a layer.
-    Norms, softmax and looking up embeddings are left out.
-
-    Args:
-      config: with ``vocab_size`` known.
-      length: T, tokens in a row.
-    """
-    width = config.num_heads * config.head_dim
-    layer = 2 * (4 * config.dim * width + 3 * config.dim * config.ffn_dim) + 2 * length * width
-    return float(config.num_layers * layer + 2 * config.dim * config.vocab_size)

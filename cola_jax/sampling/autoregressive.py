@@ -7,7 +7,6 @@ batch nor on its place there, nor on how much of its text was the prompt.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,16 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from cola_jax import rng, sampling, sharding
+from cola_jax import rng, sampling
 from cola_jax.fields import check, like, setting
 from cola_jax.models.autoregressive import Autoregressive
 from cola_jax.sampling import cache as caches
-from cola_jax.sampling import choose
-from cola_jax.types import Key, Params, UserError
-
-Ids = Sequence[int]
+from cola_jax.sampling import choose, token_rows
+from cola_jax.sampling.token_rows import Generation, Ids, Piece, Prompts
+from cola_jax.types import Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,36 +49,11 @@ class Settings:
         check(self, "sampling ")
 
 
-class Generation(NamedTuple):
-    """What `generate` returns.
-
-    Attributes:
-      tokens: new tokens only; 0 (or ``pad_id``) behind the end of a sequence.
-      lengths: new tokens before the end of text.
-    """
-
-    tokens: Int[Array, "B L"]
-    lengths: Int[Array, " B"]
-
-
-class Piece(NamedTuple):
-    """One more token of every sequence, from `stream`: a list of one, or an empty list for one that is done."""
-
-    tokens: list[list[int]]
-
-
 class Plan(NamedTuple):
     """What a program is compiled for."""
 
     model: Autoregressive
     settings: Settings
-
-
-class Prompts(NamedTuple):
-    """Rows of W tokens, each prompt at the start of its own."""
-
-    tokens: np.ndarray | jax.Array  # [B, W]
-    lengths: np.ndarray | jax.Array  # [B]
 
 
 class State(NamedTuple):
@@ -147,9 +120,7 @@ def _advance(plan: Plan, params: Params, state: State) -> State:
 def _cut(plan: Plan, state: State) -> Generation:
     """The new tokens up to the end of text."""
     inside = jnp.arange(state.tokens.shape[1])[None] < state.count[:, None]
-    if plan.settings.eos_id is not None:
-        inside = inside & (jnp.cumsum(state.tokens == plan.settings.eos_id, axis=1) == 0)
-    return Generation(jnp.where(inside, state.tokens, plan.settings.pad_id or 0), jnp.sum(inside, axis=1))
+    return token_rows.cut(state.tokens, inside, plan.settings.eos_id, plan.settings.pad_id)
 
 
 start = jax.jit(_start, static_argnums=0)
@@ -162,47 +133,6 @@ def run(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> Generation:
     state = _start(plan, params, prompts, keys)
     state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), functools.partial(_advance, plan, params), state)
     return _cut(plan, state)
-
-
-def check_prompts(model: Autoregressive, prompts: Sequence[Ids], settings: Settings) -> None:
-    """Raises UserError for settings out of range and prompts that cannot be continued."""
-    settings.validate()
-    if not len(prompts):
-        raise UserError("prompts: none given; at least one is needed")
-    vocabulary = model.config.vocab_size
-    for index, prompt in enumerate(prompts):
-        if settings.context is not None and len(prompt) + settings.max_new_tokens > settings.context:
-            raise UserError(
-                f"prompt {index} has {len(prompt)} tokens: must be at most {settings.context} (context) "
-                f"minus {settings.max_new_tokens} (max_new_tokens)"
-            )
-        if len(prompt) and not (0 <= min(prompt) and max(prompt) < vocabulary):
-            raise UserError(f"prompt {index} has a token outside the vocabulary, must be 0 to {vocabulary - 1}")
-
-
-def _width(prompts: Sequence[Ids], settings: Settings) -> int:
-    """Of rows that hold the prompts: all that the context leaves them, or a power of two; few programs compile."""
-    if settings.context is not None:
-        return max(settings.context - settings.max_new_tokens, 1)
-    return max(16, 2 ** (max(map(len, prompts)) - 1).bit_length())
-
-
-def _rows(prompts: Sequence[Ids], width: int) -> Prompts:
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return Prompts(tokens, np.array([len(prompt) for prompt in prompts], np.int32))
-
-
-def _keys(key: Key | None, settings: Settings, count: int, sample_ids) -> Key:
-    if sample_ids is not None and len(sample_ids) != count:
-        raise UserError(f"sampling sample_ids: {len(sample_ids)} given, must be one for each of {count} prompts")
-    if key is None:
-        if settings.temperature:
-            raise UserError(f"sampling key = None: must be a key where temperature = {settings.temperature}")
-        key = jax.random.key(0)
-    ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
-    return rng.fold_in(key, ids)
 
 
 def generate(
@@ -232,21 +162,19 @@ def generate(
     Raises:
       UserError: a setting or prompt that cannot be used.
     """
-    check_prompts(model, prompts, settings)
-    return _generate(model, params, prompts, settings, key, sample_ids, mesh, _width(prompts, settings))
+    token_rows.check_prompts(model.config.vocab_size, prompts, settings)
+    width = token_rows.width_for(prompts, settings)
+    return _generate(model, params, prompts, settings, key, sample_ids, mesh, width)
 
 
 def _generate(model, params, prompts, settings, key, sample_ids, mesh, width: int) -> Generation:
-    rows, keys = _rows(prompts, width), _keys(key, settings, len(prompts), sample_ids)
-    plan = Plan(model, settings)
-    if mesh is None:
-        return run(plan, params, rows, keys)
-    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    if len(prompts) % parts:
-        raise UserError(f"prompts: {len(prompts)} given, must be a multiple of {parts} (mesh data * fsdp)")
-    rows, keys = jax.device_put((rows, keys), sharding.batch_sharding(mesh))
-    with sharding.activate(mesh):
-        return run(plan, params, rows, keys)
+    rows, keys = token_rows.stack(prompts, width), _keys(key, settings, len(prompts), sample_ids)
+    return token_rows.run(functools.partial(run, Plan(model, settings), params), rows, keys, mesh)
+
+
+def _keys(key: Key | None, settings: Settings, count: int, sample_ids) -> Key:
+    drawn = f"temperature = {settings.temperature}" if settings.temperature else ""
+    return token_rows.keys_for(key, drawn, count, sample_ids)
 
 
 def stream(
@@ -265,8 +193,9 @@ def stream(
     Raises:
       UserError: as `generate`, before the first token.
     """
-    check_prompts(model, prompts, settings)
-    rows, keys = _rows(prompts, _width(prompts, settings)), _keys(key, settings, len(prompts), sample_ids)
+    token_rows.check_prompts(model.config.vocab_size, prompts, settings)
+    rows = token_rows.stack(prompts, token_rows.width_for(prompts, settings))
+    keys = _keys(key, settings, len(prompts), sample_ids)
     return _stream(Plan(model, settings), params, rows, keys)
 
 
@@ -300,19 +229,12 @@ def generate_batches(
     Raises:
       UserError: as `generate`, or a batch size below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"sampling batch_size = {batch_size}: must be at least 1")
-    check_prompts(model, prompts, settings)
+    token_rows.check_batch_size(batch_size)
+    token_rows.check_prompts(model.config.vocab_size, prompts, settings)
     size = batch_size if mesh is not None else min(batch_size, len(prompts))
-    return _batches(model, params, prompts, settings, key, size, mesh)
+    width = token_rows.width_for(prompts, settings)
 
+    def whole(some, sample_ids):
+        return _generate(model, params, some, settings, key, sample_ids, mesh, width)
 
-def _batches(model, params, prompts, settings, key, size: int, mesh) -> Iterator[tuple[int, list[int]]]:
-    width = _width(prompts, settings)
-    for begin in range(0, len(prompts), size):
-        chunk = list(prompts[begin : begin + size])
-        filled = chunk + [chunk[-1]] * (size - len(chunk))  # the last batch needs no program of its own
-        out = _generate(model, params, filled, settings, key, range(begin, begin + size), mesh, width)
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        for row in range(len(chunk)):
-            yield begin + row, tokens[row, : lengths[row]].tolist()
+    return token_rows.batches(whole, prompts, size)

@@ -13,8 +13,8 @@ from models.tiny_models import VOCAB, apply, assert_close, assert_trees_close, n
 from cola_jax import sharding
 from cola_jax.config import TrainConfig
 from cola_jax.fields import check
-from cola_jax.models import autoregressive
-from cola_jax.models.autoregressive import TransformerConfig
+from cola_jax.models import autoregressive, transformer
+from cola_jax.models.transformer import TransformerConfig
 from cola_jax.train import optimizer
 from cola_jax.types import UserError
 
@@ -25,17 +25,17 @@ DOCUMENTS = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
 def test_the_papers_model_has_the_papers_size():
     """Table 9: core and embeddings."""
     check(PAPER, "transformer.")
-    counts = autoregressive.count_parameters(tiny.boxed(autoregressive.create(PAPER)))
+    counts = transformer.count_parameters(tiny.boxed(autoregressive.create(PAPER)))
     assert counts.core == 1_811_939_328
     assert counts.embeddings == 410_738_688
     assert counts.rest == (2 * 27 + 1 + 1) * 2048  # norms, "begin"
 
 
 def test_flops_are_two_for_each_weight_and_those_of_attention():
-    counts = autoregressive.count_parameters(tiny.boxed(autoregressive.create(PAPER)))
+    counts = transformer.count_parameters(tiny.boxed(autoregressive.create(PAPER)))
     attention = 27 * 4 * (512 / 2) * 2048
     expected = 2 * (counts.core + counts.embeddings / 2) + attention
-    assert autoregressive.forward_flops(PAPER, 512) == expected
+    assert transformer.forward_flops(PAPER, 512) == expected
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "layernorm", "qk_norm": True}, {"norm": "rmsnorm", "qk_norm": True}])

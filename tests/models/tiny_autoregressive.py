@@ -10,7 +10,7 @@ import numpy as np
 from models.tiny_models import VOCAB
 
 from cola_jax.models import autoregressive
-from cola_jax.models.autoregressive import TransformerConfig
+from cola_jax.models.transformer import TransformerConfig
 
 
 def config(**changes) -> TransformerConfig:
