@@ -1,5 +1,6 @@
 """Every file of configs/: it validates, and its shapes fit together at full size, without computing anything."""
 
+import dataclasses
 import importlib
 import math
 from pathlib import Path
@@ -50,10 +51,12 @@ def test_the_paper_s_config_has_the_paper_s_size():
     assert sizes == {"vae": 501_871_574, "dit": 1_829_875_728}
 
 
-def test_the_paper_s_baseline_has_the_paper_s_size():
+@pytest.mark.parametrize("name", ["paper_2b_ar", "paper_2b_llada"])
+def test_the_paper_s_baselines_have_the_paper_s_size(name):
     """Table 9: 1.8B in the layers and 410,738,688 in the embeddings."""
-    config = load("paper_2b_ar")
-    params = jax.eval_shape(families.autoregressive.make_init(families.autoregressive.make_model(config), config), KEY)
+    config = load(name)
+    family = families.of(config)
+    params = jax.eval_shape(family.init(family.model(config), config), KEY)
     found = transformer.count_parameters(params)
     assert (found.core, found.embeddings) == (1_811_939_328, 410_738_688)
 
@@ -69,3 +72,16 @@ def count(name: str) -> int:
 @pytest.mark.parametrize("name", ["quickstart", "paper_100m", "paper_500m", "paper_2b"])
 def test_baselines_have_as_many_parameters_as_cola(name):
     assert count(f"{name}_ar") == pytest.approx(count(name), rel=0.05)
+    assert count(f"{name}_llada") == count(f"{name}_ar")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "text", "paper_100m", "paper_500m", "paper_2b"])
+def test_families_share_data_seeds_and_schedule(name):
+    """Table 10: all that is not the model is the same, but for how the end of a text is filled up."""
+    cola, *others = (load(f"{name}{suffix}") for suffix in ("", "_ar", "_llada"))
+    for other in others:
+        assert other.seed == cola.seed
+        assert dataclasses.replace(other.data, align=cola.data.align, batch_size=cola.data.batch_size) == cola.data
+        if name.startswith("paper"):
+            assert other.data.batch_size == cola.data.batch_size and other.data_seed == 6198
+            assert other.optimizer1 == cola.optimizer2 and other.stage1.steps == cola.stage2.steps

@@ -180,7 +180,7 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
             "stories": on_stories,
             "held_out": not on_stories,
             "prior": family.score_settings is Settings,
-            "likelihood": family.bound == "exact",
+            "likelihood": family.score_settings is not Settings,  # whose bound needs an ODE
             "perplexity": bool(evaluation.scorer),
         }
         return tuple(name for name, suits in suiting.items() if suits)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from cola_jax import config as configs
 from cola_jax.config import Config, OptimizerConfig
-from cola_jax.families.interface import Family, Group, Scores, Stage
-from cola_jax.fields import like, require
+from cola_jax.families import token_models
+from cola_jax.families.interface import Family, Scores, Stage
+from cola_jax.fields import like
 from cola_jax.likelihood import exact
+from cola_jax.likelihood.row_scorer import RowScorer
 from cola_jax.models import autoregressive as models
 from cola_jax.models import transformer
 from cola_jax.models.autoregressive import Autoregressive
@@ -39,20 +41,6 @@ class ScoreSettings:
         """There is nothing to check."""
 
 
-def resolve(config: AutoregressiveConfig, vocab_size: int) -> AutoregressiveConfig:
-    """The config with the tokenizer's vocabulary where it leaves it open.
-
-    Raises:
-      UserError: the model's vocabulary is smaller than the tokenizer's.
-    """
-    sizes = config.transformer
-    if not sizes.vocab_size:
-        return dataclasses.replace(config, transformer=dataclasses.replace(sizes, vocab_size=vocab_size))
-    need = f"at least the tokenizer's {vocab_size}"
-    require(sizes.vocab_size >= vocab_size, "config.transformer.vocab_size", sizes.vocab_size, need)
-    return config
-
-
 def make_model(config: AutoregressiveConfig) -> Autoregressive:
     """The network of a resolved config."""
     return models.create(config.transformer, config.train.compute_dtype)
@@ -71,19 +59,7 @@ def make_stages(model: Autoregressive | None, config: AutoregressiveConfig) -> t
         del keys, frozen  # nothing is drawn, nothing is frozen
         return next_token.terms(model, params, batch)
 
-    return (
-        Stage(
-            name="stage1",
-            steps=config.stage1.steps,
-            optimizer=config.optimizer1,
-            optimizer_field="optimizer1",
-            groups=("transformer",),
-            trained={"transformer": Group()},
-            frozen={},
-            terms=terms,
-            flops_per_token=3 * transformer.forward_flops(config.transformer, config.data.sequence_length),
-        ),
-    )
+    return (token_models.only_stage(config, terms, causal=True),)
 
 
 def default_settings(config: AutoregressiveConfig, tokenizer) -> sampling.Settings:
@@ -111,16 +87,16 @@ def score(model: Autoregressive, params: Params, tokens, segment_ids, settings, 
     return Scores(found.log_prob, 0.0 * found.log_prob, "exact", found.tokens)
 
 
-def make_scorer(model, params, settings, key, context: int, batch_size: int, mesh) -> exact.Scorer:
+def make_scorer(model, params, settings, key, context: int, batch_size: int, mesh) -> RowScorer:
     """The scorer of JSON lines."""
     del settings, key, context
-    return exact.Scorer(model, params, batch_size, mesh)
+    return exact.scorer(model, params, batch_size, mesh)
 
 
 FAMILY = Family(
     name="autoregressive",
     config=AutoregressiveConfig,
-    resolve=resolve,
+    resolve=token_models.resolve,
     model=make_model,
     init=make_init,
     stages=make_stages,

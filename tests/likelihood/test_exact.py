@@ -114,7 +114,7 @@ def parse(lines):
 
 
 def score(asked, batch_size=4, report=None):
-    scorer = exact.Scorer(*tiny.create(vocab_size=258), batch_size)
+    scorer = exact.scorer(*tiny.create(vocab_size=258), batch_size)
     return [line for some in scorer.score(asked, report) for line in some]
 
 

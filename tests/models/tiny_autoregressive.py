@@ -24,22 +24,22 @@ def boxed(model):
 
 
 @functools.cache
-def _create(config: TransformerConfig, dtype: str, seed: int):
-    model, draw = autoregressive.create(config, dtype), np.random.default_rng(seed)
+def _create(make, config: TransformerConfig, dtype: str, seed: int):
+    model, draw = make(config, dtype), np.random.default_rng(seed)
 
     def leaf(path, x):
         names = [entry.key for entry in path]
         values = draw.standard_normal(x.shape).astype(np.float32)
         if names[-1] == "kernel":
             return jnp.asarray(1.5 * values / math.sqrt(x.shape[1 if "layers" in names else 0]))
-        return jnp.asarray(values if names[-1] in ("wte", "begin") else 0.2 * values + (names[-1] == "scale"))
+        return jnp.asarray(values if names[-1] in ("wte", "begin", "mask") else 0.2 * values + (names[-1] == "scale"))
 
     return model, jax.tree_util.tree_map_with_path(leaf, nn.unbox(boxed(model)))
 
 
-def create(dtype: str = "float32", seed: int = 1, **changes):
+def create(dtype: str = "float32", seed: int = 1, make=autoregressive.create, **changes):
     """(model, params) with no parameter at zero: the same objects for the same arguments."""
-    return _create(config(**changes), dtype, seed)
+    return _create(make, config(**changes), dtype, seed)
 
 
 def _normalised(x, params, config):
@@ -59,8 +59,14 @@ def _rotated(x, theta):
 
 def reference(config: TransformerConfig, params, document) -> np.ndarray:
     """Logits [T, V] of the tokens of one document, float64, with loops instead of masks."""
+    return network(config, params, [-1, *document[:-1]], causal=True)
+
+
+def network(config: TransformerConfig, params, read, causal: bool) -> np.ndarray:
+    """Logits [T, V] where each position reads one of ``read``; -1 is the extra vector."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"]["transformer"])
-    x = np.stack([params["begin"], *(params["wte"][token] for token in document[:-1])])
+    (extra,) = (params[name] for name in ("begin", "mask") if name in params)
+    x = np.stack([extra if token < 0 else params["wte"][token] for token in read])
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda x, index=index: x[index], params["layers"])
         h = _normalised(x, layer["norm_attention"], config)
@@ -70,8 +76,9 @@ def reference(config: TransformerConfig, params, document) -> np.ndarray:
         q, k, mixed = _rotated(q, config.rope_theta), _rotated(k, config.rope_theta), np.zeros_like(v)
         for t in range(len(x)):
             for head in range(config.num_heads):
-                weights = np.exp(k[: t + 1, head] @ q[t, head] / np.sqrt(config.head_dim))
-                mixed[t, head] = weights @ v[: t + 1, head] / weights.sum()
+                end = t + 1 if causal else len(x)
+                weights = np.exp(k[:end, head] @ q[t, head] / np.sqrt(config.head_dim))
+                mixed[t, head] = weights @ v[:end, head] / weights.sum()
         x = x + mixed.reshape(len(x), -1) @ layer["out"]["kernel"]
         value, gate = np.einsum("td,dpf->ptf", _normalised(x, layer["norm_mlp"], config), layer["mlp_in"]["kernel"])
         x = x + (value * gate / (1 + np.exp(-gate))) @ layer["mlp_out"]["kernel"]
