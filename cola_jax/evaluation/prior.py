@@ -146,7 +146,7 @@ def field_error(run, sample: Sample, times: Sequence[float]) -> list[FieldError]
         parts = []
         for start in range(0, len(count), _ROWS):
             z, z1, segments = (x[start : start + _ROWS] for x in (sample.z, noise, sample.segments))
-            parts.append(_squares(model, params, run.config.stage2.path, z, z1, segments, jnp.float32(time)))
+            parts.append(_squares(model, params, run.settings.path, z, z1, segments, jnp.float32(time)))
         error, power = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
         found.append(FieldError(float(time), per_token(error, count), per_token(power, count)))
     return found
@@ -203,7 +203,7 @@ def split(run, sample: Sample, starts: Sequence[float], settings: Settings) -> l
       UserError: a solve ran out of steps.
     """
     settings.validate()
-    path, real = PATHS[run.config.stage2.path], (sample.segments > 0)[..., None]
+    path, real = PATHS[run.settings.path], (sample.segments > 0)[..., None]
     score = (sample.z - sample.mean) / sample.deviation
     log_q = -0.5 * (jnp.square(score) + math.log(2 * math.pi)) - jnp.log(sample.deviation)
     found = []
@@ -304,9 +304,7 @@ def bound(
             batch = slice(first, first + _ROWS)
             some = jax.tree.map(lambda x, batch=batch: x[batch], sample)
             key = jax.random.fold_in(rng.key(seed, "likelihood", 3), index * len(sample.z) + first)
-            found, times = _weighted_errors(
-                model, params, run.config.stage2.path, some, key, jnp.float32(index / draws)
-            )
+            found, times = _weighted_errors(model, params, run.settings.path, some, key, jnp.float32(index / draws))
             bins = np.clip(np.searchsorted(edges, times, side="right") - 1, 0, len(edges) - 2)
             for part in range(len(parts)):
                 parts[part, batch] += np.where(bins == part, found, 0.0).sum(axis=1) / draws

@@ -9,11 +9,13 @@ import ml_collections
 
 from cola_jax import fields
 from cola_jax.config import Config, to_dict
-from cola_jax.families import autoregressive, cola, llada
+from cola_jax.families import autoregressive, cola, llada, plaid
 from cola_jax.families.interface import Family
 from cola_jax.types import UserError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (cola.FAMILY, autoregressive.FAMILY, llada.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (cola.FAMILY, autoregressive.FAMILY, llada.FAMILY, plaid.FAMILY)
+}
 DEFAULT = cola.FAMILY.name  # of configs that were saved before there were families
 
 

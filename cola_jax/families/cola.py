@@ -249,6 +249,11 @@ def flops_per_token(config: ColaConfig, stage: int) -> float:
 
 def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
     """How the run's config wants text to be generated."""
+    return sampling_settings(config, tokenizer, config.stage2.path)
+
+
+def sampling_settings(config, tokenizer, path: str) -> sampling.Settings:
+    """What a config with a `SampleConfig` and a path of its flow says about generation."""
     sample = config.sample
     return sampling.Settings(
         steps=sample.steps,
@@ -261,12 +266,17 @@ def default_settings(config: ColaConfig, tokenizer) -> sampling.Settings:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id if sample.pad_prompts else None,
         context=config.data.sequence_length,
-        path=config.stage2.path,
+        path=path,
     )
 
 
 def generation_flops(config: ColaConfig, settings: sampling.Settings) -> float:
-    """FLOPs of the multiplications by the prior's weights for each new token.
+    """FLOPs of the multiplications by the prior's weights for each new token."""
+    return prior_flops(config, settings, config.vae.patch_size)
+
+
+def prior_flops(config, settings: sampling.Settings, patch_size: int) -> float:
+    """FLOPs of the multiplications by the weights of ``config.dit`` for each new token.
 
     Every evaluation passes a block, twice where it is guided, and each finished block once more into the cache.
     Modulations (once for all blocks), attention, encoder and decoder are left out.
@@ -277,7 +287,7 @@ def generation_flops(config: ColaConfig, settings: sampling.Settings) -> float:
     evaluations = 2 if settings.solver == "heun" else 1
     guided = settings.guided
     passes = 1 + evaluations * (len(guided) + sum(guided))
-    return 2.0 * weights * passes / config.vae.patch_size
+    return 2.0 * weights * passes / patch_size
 
 
 def score(model: ColaDLM, params: Params, tokens, segment_ids, settings, key: Key, prefix=None) -> Scores:

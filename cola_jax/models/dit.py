@@ -262,7 +262,9 @@ class BlockCausalDiT(nn.Module):
     def first_estimate(
         self, noisy, times, history, pinned=None, segment_ids=None, drop_history=None, plan=None
     ) -> Float[Array, "B Q D"]:
-        """The network's output without an estimate; arguments as of `denoise`."""
+        """The network's output without an estimate; arguments as of `denoise`, without ``history`` as of `__call__`."""
+        if history is None:
+            return self._sequence(noisy, times, pinned, segment_ids, plan)[2]
         return self._denoise(noisy, times, history, pinned, segment_ids, drop_history, plan)[1]
 
     def _denoise(self, noisy, times, history, pinned, segment_ids, drop_history, plan, estimate=None):

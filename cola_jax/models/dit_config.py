@@ -72,17 +72,25 @@ class DiTConfig:
         require(ok, f"{prefix}self_conditioning", True, "False where prediction is 'velocity'")
 
 
-def forward_flops(config: DiTConfig, latents: int, copies: int, times: int) -> float:
+def forward_flops(config: DiTConfig, latents: int, copies: int, times: int, clean: bool = True) -> float:
     """Forward FLOPs per latent of a row that has ``copies`` copies of ``latents`` latents, at ``times`` distinct times.
 
-    2 for each weight that a position passes through, and causal attention over half of the pairs; modulations are
-    computed once for each distinct time of a row.
+    2 for each weight that a position passes through, and causal attention over half of the pairs (over all where one
+    block is the whole row); modulations are computed once for each distinct time of a row.
+
+    Args:
+      config: sizes; of a mixture, with the number of its codes.
+      latents: N.
+      copies: all of them.
+      times: distinct flow times of a row, t = 0 included.
+      clean: whether the first copy is the clean one, of which no outputs are computed.
     """
     width = config.num_heads * config.head_dim
-    layer = 2 * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2) + 2 * latents * width
+    pairs = 4 * latents if config.block_size >= latents else 2 * latents
+    layer = 2 * (4 * config.dim * width + 2 * config.mlp_ratio * config.dim**2) + pairs * width
     passes = copies * (config.num_layers * layer + 2 * 2 * config.latent_dim * config.dim)
     if config.prediction == "mixture":  # what is read; of the noisy copies also logits, their evidence, the expectation
         passes += copies * 2 * config.num_codes * (config.latent_dim + config.dim)
-        passes += (copies - 1) * 2 * config.num_codes * (config.dim + 2 * config.latent_dim)
+        passes += (copies - clean) * 2 * config.num_codes * (config.dim + 2 * config.latent_dim)
     modulation = times / latents * config.num_layers * 2 * 6 * config.dim * config.time_dim
     return passes + modulation

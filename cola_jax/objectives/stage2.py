@@ -243,6 +243,8 @@ def flow_terms(
     times = jnp.repeat(draw.times, block, axis=1)[..., None]
     noisy, target = interpolate(PATHS[stage.path], data, draw.noise, times)
     if stage.target == "posterior":
+        if frozen or not stage.encoder_gradient:
+            posterior = jax.lax.stop_gradient(posterior)
         target = _posterior_target(model, stage, posterior, noisy, times)
     counted = jnp.tile((segments > 0).astype(jnp.float32), (1, copies))
     if draw.pinned is not None:
@@ -265,6 +267,8 @@ def flow_terms(
 
 def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments, keys: Key):
     """Velocity of the noisy copies, and the scores of their codes where these have a weight, else None."""
+    if noisy.shape[1] == model.dit_config.block_size and draw.dropped is None:
+        history = None  # one block: nothing is before it
     apply = functools.partial(
         model.apply,
         params,
@@ -287,8 +291,8 @@ def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments,
 
 
 def _posterior_target(model, stage: Stage2Config, posterior: Posterior, noisy, times):
-    """The velocity given the text's posterior, for every noisy copy; without a gradient."""
-    mean, logvar = jax.lax.stop_gradient((model.normalize(posterior.mean), posterior.logvar))
-    variance = jnp.exp(logvar) * model.vae_config.scale**2
+    """The velocity given the text's posterior, for every noisy copy; its variance has no gradient."""
+    mean = model.normalize(posterior.mean)
+    variance = jnp.exp(jax.lax.stop_gradient(posterior.logvar)) * model.vae_config.scale**2
     mean, variance = (jnp.tile(x, (1, stage.noise_copies, 1)) for x in (mean, variance))
     return prediction.posterior_velocity(PATHS[stage.path], noisy, times, mean, variance)
