@@ -14,7 +14,7 @@ from models import tiny_models
 
 from cola_jax import families
 from cola_jax.config import EvaluationConfig, to_dict
-from cola_jax.families import autoregressive, cola
+from cola_jax.families import autoregressive, cola, token_models
 from cola_jax.families.interface import Group, first_steps
 from cola_jax.train import state as states
 from cola_jax.types import UserError
@@ -197,7 +197,7 @@ def test_the_presets_of_the_baseline_have_the_sizes_that_they_say():
     for path in sorted(CONFIGS.glob("*_ar.py")):
         config = families.parse(importlib.import_module(f"configs.{path.stem}").get_config())
         assert config.family == "autoregressive"
-        found[path.stem] = config = autoregressive.resolve(config, config.data.vocab_size)
+        found[path.stem] = config = token_models.resolve(config, config.data.vocab_size)
         if not config.transformer.qk_norm and config.transformer.norm == "rmsnorm":
             assert count(config) == transformer_size(config.transformer)
     pair = families.parse(importlib.import_module("configs.quickstart").get_config())

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+import toy_run
 
 from cola_jax.train import saved, verified
 
@@ -65,13 +66,13 @@ def test_meshes_and_processes_give_the_same_run(one, cache, tmp_path, count, dev
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), *trees)
 
 
-def stop(workdir, cache, line: str, signum: int = signal.SIGTERM, steps: int = 60) -> tuple[list[int], int]:
+def stop(workdir, cache, line: str, signum: int = signal.SIGTERM, steps: int = 60, *more) -> tuple[list[int], int]:
     """Runs two processes, of which the second gets a signal when the first has said ``line``: not the one that speaks.
 
     Returns:
       Their exit statuses and the last step that they saved.
     """
-    started = processes.start(workdir, cache, "--accumulation=1", "--mesh=2,1,1", f"--steps={steps}", count=2)
+    started = processes.start(workdir, cache, "--accumulation=1", "--mesh=2,1,1", f"--steps={steps}", *more, count=2)
     deadline = time.time() + 200
     while line not in processes.log(workdir) and time.time() < deadline:
         time.sleep(0.01)
@@ -96,15 +97,17 @@ def test_a_signal_at_any_moment_stops_all_after_the_same_step(cache, tmp_path):
 
 
 def test_saved_by_two_processes_and_continued_by_one_and_four(cache, tmp_path):
-    """The data continues in the same order on any mesh."""
-    saved, steps = tmp_path / "saved", 60
-    statuses, step = stop(saved, cache, "stage 2  step 2/", steps=steps)
+    """Prepared data continues in the same order when processes, devices and readers change together."""
+    saved, steps, corpus = tmp_path / "saved", 60, tmp_path / "corpus"
+    toy_run.write_corpus(corpus)
+    statuses, step = stop(saved, cache, "stage 2  step 2/", signal.SIGTERM, steps, f"--data={corpus}")
     assert statuses == [75, 75] and 2 < step < steps
     ends = []
-    for count, devices, mesh in ((2, 1, "2,1,1"), (1, 1, "1,1,1"), (4, 2, "2,2,2")):
+    for count, devices, mesh, workers in ((2, 1, "2,1,1", 0), (1, 1, "1,1,1", 2), (4, 2, "2,2,2", 3)):
         workdir = tmp_path / f"on{count}"
         shutil.copytree(saved, workdir)
-        run(workdir, cache, mesh, count=count, devices=devices, steps=steps)
+        data = (f"--data={corpus}", f"--workers={workers}")
+        run(workdir, cache, mesh, *data, count=count, devices=devices, steps=steps)
         assert f"resumed at step {step} of {steps}" in processes.log(workdir)
         ends.append((losses(workdir), body(workdir, steps)["data"]))
     for found, position in ends[1:]:

@@ -51,9 +51,9 @@ def write_corpus(directory: Path) -> None:
     prepared_corpora.write_ids(directory, {"train": documents, "holdout": documents[:50]}, 1, shard_tokens=1500)
 
 
-def prepared_experiment(config, directory: Path) -> Experiment:
+def prepared_experiment(config, directory: Path, workers: int = 0) -> Experiment:
     """The toy on the corpus of `write_corpus`."""
-    data = {"corpus": "prepared", "files": str(directory), "tokenizer": "bytes"}
+    data = {"corpus": "prepared", "files": str(directory), "tokenizer": "bytes", "num_workers": workers}
     data = dataclasses.replace(config.data, **data)
     return dataclasses.replace(
         experiment(config),
@@ -105,6 +105,8 @@ def _define_flags():
     hang_timeout = flags.DEFINE_float("hang_timeout", 0.0, "config.train.hang_timeout")
     hang_at = flags.DEFINE_string("hang_at", None, "line of the console that never ends")
     poison = flags.DEFINE_integer("poison_from", None, "see `experiment`")
+    data = flags.DEFINE_string("data", None, "directory of a corpus of `write_corpus`, read in place of made batches")
+    workers = flags.DEFINE_integer("workers", 0, "processes that read it")
     start = cli.machine_flags()
 
     def log(line):
@@ -116,7 +118,10 @@ def _define_flags():
         start()
         config = settings(steps.value, tuple(map(int, mesh.value)), accumulation.value, hang_timeout=hang_timeout.value)
         one = jax.process_count() == 1
-        loop.train(config, workdir.value, experiment(config, poison_from=poison.value), sampler if one else None, log)
+        trained = experiment(config, poison_from=poison.value)
+        if data.value:
+            trained = prepared_experiment(config, Path(data.value), workers.value)
+        loop.train(config, workdir.value, trained, sampler if one else None, log)
 
     return run
 
