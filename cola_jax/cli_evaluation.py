@@ -64,6 +64,8 @@ class TaskFlags:
         where = (self._data.value, self._demonstrations.value, self._shots.value)
         selection = evaluate.Selection(*where, self._limit.value, self._subset_seed.value)
         if self._predictions.value is not None:
+            if flags.FLAGS.checkpoint is not None:
+                raise UserError("--predictions: cannot be given with --checkpoint: they are judged without a model")
             judged = (self._predictions.value, self._matcher.value, self._mod.value)
             return evaluate.from_predictions(tasks, selection, *judged, log)
         if not self._output.value:

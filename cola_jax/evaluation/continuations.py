@@ -57,7 +57,8 @@ def generate(
 ) -> Iterator[list[list[int]]]:
     """The new tokens of each prompt, batch by batch, in order.
 
-    `Family.generate_batches` numbers prompts by their place, which a restart moves; `Family.generate` takes numbers.
+    By `Family.stream`: it takes numbers of samples, where `Family.generate_batches` counts the prompts (which a
+    restart would move), and its programs compile quickly (those of `Family.generate` hold the whole generation).
 
     Args:
       run: from `runs.load`.
@@ -69,13 +70,14 @@ def generate(
     """
     size = min(batch_size, len(prompts))
     for start in range(0, len(prompts), size or 1):
-        chunk, ids = list(prompts[start : start + size]), list(samples[start : start + size])
-        fill = size - len(chunk)  # the last batch needs no program of its own
-        out = run.family.generate(
-            run.model, run.params, chunk + chunk[-1:] * fill, settings, key, sample_ids=ids + ids[-1:] * fill
-        )
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        yield [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)][: len(chunk)]
+        # The last batch is filled up: it needs no program of its own.
+        places = [min(index, len(prompts) - 1) for index in range(start, start + size)]
+        chunk, ids = [prompts[index] for index in places], [samples[index] for index in places]
+        rows: list[list[int]] = [[] for _ in places]
+        for piece in run.family.stream(run.model, run.params, chunk, settings, key, sample_ids=ids):
+            for row, new in zip(rows, piece.tokens, strict=True):
+                row += new
+        yield rows[: len(prompts) - start]
 
 
 def score(

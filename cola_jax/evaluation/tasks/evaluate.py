@@ -46,11 +46,11 @@ def ask(tasks: dict[str, Task], selection: Selection) -> list[Asked]:
     Raises:
       UserError: as in `examples`.
     """
+    if selection.data and Path(selection.data).is_file() and len(tasks) > 1:
+        raise UserError(f"--data = {selection.data}: must be a directory where there are several tasks")
     shown = examples.demonstrations(selection.demonstrations, tasks, selection.shots)
     asked = []
     for name, task in tasks.items():
-        if selection.data and Path(selection.data).is_file() and len(tasks) > 1:
-            raise UserError(f"--data = {selection.data}: must be a directory where there are several tasks")
         file = examples.file_of(selection.data, name, "--data")
         every = examples.read(name, task, file)
         examples.check_overlap(shown[name], every)
@@ -62,7 +62,8 @@ def ask(tasks: dict[str, Task], selection: Selection) -> list[Asked]:
 
 def _asked(name: str, task: Task, every: list, some: list, shown: list, facts: dict) -> Asked:
     built = prompts.build(task, some, shown)
-    return Asked(name, task, every, some, built, facts | {"prompts_sha256": prompts.fingerprint(built)})
+    facts |= {"prompts_sha256": prompts.hashed([prompt.join() for prompt in built])}
+    return Asked(name, task, every, some, built, facts)
 
 
 def ask_stories(name: str, task: Task, run: Run, count: int) -> Asked:
@@ -166,7 +167,7 @@ def from_checkpoint(run: Run, asked: Sequence[Asked], way: Way, output: str, mat
         truncated = {"dropped": sum(f.dropped > 0 for f in fitted), "cut": sum(f.cut > 0 for f in fitted)}
         correct = judge(one, said, matcher, stories)
         found[one.name] = results.result(correct, [len(f.ids) for f in fitted], mod) | {"truncated": truncated}
-        found[one.name] |= one.facts
+        found[one.name] |= one.facts | {"prompt_ids_sha256": prompts.hashed([f.ids for f in fitted])}
     last = _conclude(found, matcher if way.choice == "generation" else "likelihood", log)
     facts = {"checkpoint": way.checkpoint, "family": run.family.name, "choice": way.choice, "seed": way.seed}
     facts |= {"settings": dataclasses.asdict(way.settings), "device": jax.devices()[0].device_kind}

@@ -54,9 +54,9 @@ def build(task: Task, examples: Sequence[Example], shown: Sequence[Example]) -> 
     return [Prompt(answered, render(task, one)) for one in examples]
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of all prompts, whole: equal for models that are asked the same."""
-    return hashlib.sha256(json.dumps([prompt.join() for prompt in prompts]).encode()).hexdigest()
+def hashed(prompts: Sequence[str] | Sequence[list[int]]) -> str:
+    """A hash of prompts, texts or tokens: equal for models that are asked the same."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def fit(prompt: Prompt, tokenizer: Tokenizer, room: int, unit: int = 1) -> Fitted:
