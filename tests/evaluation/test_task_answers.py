@@ -113,7 +113,7 @@ def test_prompts_are_whole_patches_where_options_are_weighed(data, tmp_path):
 
 def test_what_has_no_room_or_no_choices_is_told(data, tmp_path):
     run = tiny_runs.create("autoregressive")
-    with pytest.raises(UserError, match="max_new_tokens = 32: must be below the 32 tokens"):
+    with pytest.raises(UserError, match="max_new_tokens = 32: must be at least 1 and below the 32 tokens"):
         answers(run, data, tmp_path, "lambada", new_tokens=None)
     with pytest.raises(UserError, match="task 'lambada' has no choices"):
         answers(run, data, tmp_path, "lambada", choice="likelihood")

@@ -78,6 +78,7 @@ def test_a_long_prompt_loses_demonstrations_first_and_then_its_front():
     assert prompts.fit(prompt, tokenizer, 15) == (list(b"question"), 2, 0)
     assert prompts.fit(prompt, tokenizer, 3) == (list(b"ion"), 2, 5)
     assert prompts.fit(prompt, tokenizer, 7, unit=3) == (list(b"estion"), 2, 2)
+    assert prompts.fit(Prompt((), "question!"), tokenizer, 7, unit=3) == (list(b"stion!"), 0, 3)
     assert prompts.fit(prompt, tokenizer, 100, unit=4) == (list(whole.encode())[3:], 0, 3)
 
 

@@ -71,10 +71,18 @@ def test_an_option_is_found_by_letter_then_text_then_likeness(text, index):
 
 def test_what_stands_behind_answer_in_the_last_line_goes_first():
     assert matching.written_option("A plum?\nFinal answer = a red apple", FRUIT) == 0
+    assert matching.written_option("a yellow lemon, no, answer: a plum", FRUIT) == 2
+    assert matching.option("answer: a plum", FRUIT) == 0  # the whole text has a letter behind "answer"
     assert matching.written_option("a plum\nanswer:", FRUIT) == 2  # nothing stands there
     assert matching.written_option("the answer is blowing in the wind, a plum", FRUIT) == 2
     assert matching.written_option("no answer: nothing", FRUIT) is None
     assert matching.written_option("", FRUIT) is None
+
+
+def test_what_leads_to_the_answer_is_left_out():
+    choices = ("red apple", "yellow lemon", "plum")
+    assert matching.option("The correct option is yelow lemon.", choices) == 1
+    assert matching.option("I think that it is yelow lemon.", choices) is None
 
 
 def test_a_word_or_a_whole_answer_or_an_option_must_match():

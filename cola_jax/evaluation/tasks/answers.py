@@ -52,6 +52,7 @@ def _resume(file: Path, asked: Asked, way: Way, settings: Any) -> int:
     """How many predictions a file holds already."""
     identity = {"task": asked.name, "prompts": asked.facts["prompts_sha256"], "checkpoint": way.checkpoint}
     identity |= {"choice": way.choice, "seed": way.seed} | dataclasses.asdict(settings)
+    identity.pop("rows", None)  # how many are solved at a time does not change the result
     return score_file.resume(file, json.loads(json.dumps(identity)))
 
 
@@ -60,8 +61,8 @@ def generation(run: Run, asked: Asked, way: Way, place: Path) -> tuple[list[Fitt
     context, budget = run.config.data.sequence_length, way.new_tokens or asked.task.new_tokens
     if not budget:
         budget = context - max(len(run.tokenizer.encode(prompt.join())) for prompt in asked.prompts)
-    if budget >= context:
-        raise UserError(f"max_new_tokens = {budget}: must be below the {context} tokens of the checkpoint's context")
+    if not 0 < budget < context:
+        raise UserError(f"max_new_tokens = {budget}: must be at least 1 and below the {context} tokens of the context")
     fitted = [prompts.fit(prompt, run.tokenizer, context - budget) for prompt in asked.prompts]
     settings = dataclasses.replace(way.settings, max_new_tokens=budget)
     file = place / f"{asked.name}.jsonl"
