@@ -52,6 +52,7 @@ class SettingsFlags:
       skip: fields that get no flag.
       of_run: fields whose default is what the run's config says.
       flag_values: where the flags are defined.
+      prefix: of the flags' names, where a binary has flags of several kinds of settings.
     """
 
     def __init__(
@@ -60,14 +61,16 @@ class SettingsFlags:
         skip: Collection[str] = (),
         of_run: Collection[str] = (),
         flag_values: flags.FlagValues = flags.FLAGS,
+        prefix: str = "",
     ):
+        self._prefix = prefix
         self._classes = list(dict.fromkeys(classes))
         found: dict[str, list[Entry]] = {}
         for cls in self._classes:
             for entry in fields.entries(cls).values():
                 if entry.rule.flag and entry.name not in skip:
                     found.setdefault(entry.name, []).append(entry)
-        self._flags = {name: _define(entries, name in of_run, flag_values) for name, entries in found.items()}
+        self._flags = {name: _define(prefix, entries, name in of_run, flag_values) for name, entries in found.items()}
 
     def given(self) -> dict[str, Any]:
         """The fields whose flags were given, with their values."""
@@ -87,7 +90,7 @@ class SettingsFlags:
         given, known = self.given(), fields.entries(type(settings))
         for name in given:
             if name not in known:
-                raise UserError(f"--{name}: the checkpoint's family {family!r} has no such setting")
+                raise UserError(f"--{self._prefix}{name}: the checkpoint's family {family!r} has no such setting")
         self._check_values(type(settings))
         settings = dataclasses.replace(settings, **given)
         settings.validate()
@@ -96,7 +99,7 @@ class SettingsFlags:
     def _check_values(self, cls: type) -> None:
         entries = fields.entries(cls)
         for name, value in self.given().items():
-            fields.check_value(entries[name], value, f"--{name}")
+            fields.check_value(entries[name], value, f"--{self._prefix}{name}")
 
     def check(self) -> None:
         """Raises UserError for flags that no class of settings takes: before a checkpoint is loaded.
@@ -106,7 +109,8 @@ class SettingsFlags:
         given = self.given()
         able = [cls for cls in self._classes if set(given) <= set(fields.entries(cls))]
         if not able:
-            raise UserError(f"--{', --'.join(given)}: no model family has all of these settings")
+            names = ", ".join(f"--{self._prefix}{name}" for name in given)
+            raise UserError(f"{names}: no model family has all of these settings")
         errors = []
         for cls in able:
             try:
@@ -117,9 +121,9 @@ class SettingsFlags:
             raise errors[0]
 
 
-def _define(entries: list[Entry], of_run: bool, flag_values: flags.FlagValues) -> flags.FlagHolder:
+def _define(prefix: str, entries: list[Entry], of_run: bool, flag_values: flags.FlagValues) -> flags.FlagHolder:
     """The flag of a field, from what the classes that have it say of it."""
-    first = entries[0]
+    first, name = entries[0], prefix + entries[0].name
     if any(entry.kind != first.kind for entry in entries):
         raise TypeError(f"{first.name}: of different types in several classes of settings")
     meaning, limits, defaults = (
@@ -129,8 +133,8 @@ def _define(entries: list[Entry], of_run: bool, flag_values: flags.FlagValues) -
     default = "default: as the run's config says" if of_run else f"default: {defaults}"
     text = f"{meaning} ({'; '.join(filter(None, [limits, default]))})"
     if first.kind is bool:
-        return flags.DEFINE_bool(first.name, None, text, flag_values)
-    return flags.DEFINE(_Parser(first), first.name, None, text, flag_values)
+        return flags.DEFINE_bool(name, None, text, flag_values)
+    return flags.DEFINE(_Parser(first), name, None, text, flag_values)
 
 
 def _shown(default) -> str:
@@ -144,9 +148,9 @@ def generation_flags(skip: Collection[str] = ()) -> SettingsFlags:
     return SettingsFlags([family.settings for family in every], skip, of_run)
 
 
-def scoring_flags(skip: Collection[str] = ()) -> SettingsFlags:
+def scoring_flags(skip: Collection[str] = (), prefix: str = "") -> SettingsFlags:
     """A flag for each scoring setting of any family."""
-    return SettingsFlags([family.score_settings for family in families.FAMILIES.values()], skip)
+    return SettingsFlags([family.score_settings for family in families.FAMILIES.values()], skip, prefix=prefix)
 
 
 def config_help(flag: str = "config") -> str:

@@ -59,6 +59,17 @@ def test_what_is_given_replaces_and_the_rest_stays():
     assert parsed("--temperature=2", "--top_k=3")(Tokens()) == Tokens(2.0, 3)
 
 
+def test_a_prefix_keeps_flags_of_one_name_apart():
+    apply = parsed("--score_steps=5", prefix="score_")
+    assert apply(Flow(steps=3)) == Flow(steps=5)
+    with pytest.raises(UserError, match="--score_steps: the checkpoint's family 'x' has no such setting"):
+        apply(Tokens(), "x")
+    with pytest.raises(UserError, match="--score_steps = 0: must be at least 1"):
+        parsed("--score_steps=0", prefix="score_").check()
+    with pytest.raises(UserError, match="--score_steps, --score_top_k: no model family has all of these settings"):
+        parsed("--score_steps=1", "--score_top_k=1", prefix="score_").check()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

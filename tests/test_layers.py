@@ -14,7 +14,7 @@ LEVELS = (
     ("families",),
     ("train", "release"),
     ("runs", "evaluation"),
-    ("launch", "cli", "cli_settings"),
+    ("launch", "cli", "cli_settings", "cli_evaluation"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 # What the trainer must not know: it walks the stages of a family, whatever its model is.
