@@ -2,17 +2,22 @@
 
 import dataclasses
 import importlib
+import itertools
 import math
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cola_jax import families, rng
 from cola_jax.config import Config
+from cola_jax.data import pipeline
+from cola_jax.data.tokenizers import ByteTokenizer
 from cola_jax.models import cola, transformer
+from cola_jax.train.experiment import data_seed
 
 KEY = jax.random.key(0)
 BASELINES = ("_ar", "_llada", "_plaid")
@@ -87,3 +92,27 @@ def test_families_share_data_seeds_and_schedule(name):
         if name.startswith("paper"):
             assert other.data.batch_size == cola.data.batch_size and other.data_seed == 6198
             assert other.optimizer1 == cola.optimizer2 and other.stage1.steps == cola.stage2.steps
+
+
+def test_families_read_the_same_texts_in_the_same_order():
+    """Of the quickstart's stories, batch by batch, up to each text's end; another seed reads others."""
+
+    def read(name: str, seed: int) -> list[list[str]]:
+        config = load(name)
+        align = 400 if config.data.align == config.data.sequence_length else 8
+        data = dataclasses.replace(config.data, sequence_length=400, align=align, batch_size=4)
+        tokenizer = ByteTokenizer()
+        batches = pipeline.create(data, tokenizer, "train", data_seed(config.data_seed + seed, 1))
+        found = []
+        for batch in itertools.islice(batches, 3):
+            found.append([tokenizer.decode(row.tolist()) for row in cut(batch, tokenizer.eos_id)])
+        return found
+
+    def cut(batch, eos: int):
+        tokens = np.asarray(batch["tokens"])
+        return [row[: np.argmax(row == eos)] for row in tokens]
+
+    cola, *others = (read(f"quickstart{suffix}", 0) for suffix in ("", *BASELINES))
+    assert all(other == cola for other in others)
+    assert len({text for batch in cola for text in batch}) == 12 and all(map(all, cola))
+    assert read("quickstart", 1) != cola
