@@ -21,7 +21,8 @@ from tests.system.test_binaries import call  # noqa: E402
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("autoregressive", pytest.param("cola", marks=pytest.mark.slow))
 QUICK = {"sample_steps": 1, "sample_guidance_scale": 1.0, "score_solver": "euler", "score_steps": 1}
-PAIRS = [("ab", " cd"), ("", "abcd"), ("ab ", "cd"), ("x" * 40, "yz"), ("ab", "zz")]
+LONG = "".join(chr(97 + i % 26) for i in range(70))
+PAIRS = [("ab", " cd"), ("", "abcd"), ("ab ", "cd"), (LONG[:40], "yz"), ("ab", "zz")]
 
 
 class Kept(dict):
@@ -68,6 +69,8 @@ def test_answers_are_those_of_every_batch_and_restart(family, make):
     (ids,) = one._write([[97, 98]], one._generation({"max_gen_toks": 4}))
     other_ids = [*ids[:2], (ids[2] + 1) % 256]
     assert one._writes([([97, 98], ids), ([97, 98], ids[:3]), ([97, 98], other_ids)]) == [True, True, False]
+    numbers = [one._given(*pair).identity for pair in (([1], [2]), ([1], [3]), ([], [1, 2]), ([1], [2]))]
+    assert len(set(numbers)) == 3 and numbers[0] == numbers[3]  # draws follow the request
     info = one.get_model_info()
     assert info["family"] == family and info["step"] == 3 and info["seed"] == 0 and len(info["commit"]) == 40
     assert info["bound"] == {"cola": "lower", "autoregressive": "exact"}[family] and info["samples"] == 1
@@ -85,12 +88,11 @@ def test_exact_values_are_those_of_the_model(make):
         return run.family.score(run.model, run.params, rows, segments, None, key, [given]).log_prob[0]
 
     found = values(model.loglikelihood(asked(*PAIRS), disable_tqdm=True))
-    expected = [exact("ab cd", 2), exact("abcd", 0), exact("ab cd", 2), exact("x" * 30 + "yz", 30), exact("abzz", 2)]
+    expected = [exact("ab cd", 2), exact("abcd", 0), exact("ab cd", 2), exact(LONG[10:40] + "yz", 30), exact("abzz", 2)]
     assert found == pytest.approx(expected, rel=1e-5)
     assert model.get_model_info()["truncated_requests"] == 1
-    long = "".join(chr(97 + i % 26) for i in range(70))
-    windows = [exact(long[:32], 0), exact(long[31:63], 1), exact(long[38:70], 25)]
-    texts = asked("ab cd", long)
+    windows = [exact(LONG[:32], 0), exact(LONG[31:63], 1), exact(LONG[38:70], 25)]
+    texts = asked("ab cd", LONG)
     assert model.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
         [exact("ab cd", 0), sum(windows)], rel=1e-5
     )
@@ -109,7 +111,7 @@ def test_windows_score_every_token_once():
 
 
 def test_a_text_ends_before_the_first_stop_string():
-    assert harness._until("abc\nd.e", ["\n", "."]) == "abc" and harness._until("abc", "bc") == "a"
+    assert harness._until("abc\nd.e", ["\n", "."]) == "abc" and harness._until("abcdbc", "bc") == "a"
     assert harness._until("abc", None) == harness._until("abc", ["", "x"]) == "abc"
 
 

@@ -28,10 +28,10 @@ def create(family: str, patch: int = 1) -> Run:
 
 
 def generation(run: Run, **changes):
-    """Quick settings of its generation."""
+    """Quick settings of its generation, with which something is drawn."""
     if run.family.name == "cola":
         return Settings(steps=1, guidance_scale=1.0, context=CONTEXT, eos_id=256, **changes)
-    return run.settings.__class__(context=CONTEXT, eos_id=256, **changes)
+    return run.settings.__class__(context=CONTEXT, eos_id=256, temperature=1.0, **changes)
 
 
 def scoring(run: Run):
