@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cola_jax import config as configs
 from cola_jax.config import Config, OptimizerConfig
-from cola_jax.families.interface import Family, Group, Scores, Stage
+from cola_jax.families.interface import Engine, Family, Group, Scores, Stage
 from cola_jax.fields import like, require
 from cola_jax.likelihood import exact
 from cola_jax.models import autoregressive as models
@@ -15,6 +15,8 @@ from cola_jax.models.autoregressive import Autoregressive, TransformerConfig
 from cola_jax.objectives import next_token
 from cola_jax.objectives.next_token import NextTokenConfig
 from cola_jax.sampling import autoregressive as sampling
+from cola_jax.sampling import token_engine
+from cola_jax.sampling.choose import Choice
 from cola_jax.types import Key, Params, PyTree
 
 
@@ -133,4 +135,13 @@ FAMILY = Family(
     check_scorable=lambda model, params: None,
     generation_flops=generation_flops,
     bound="exact",
+    engine=Engine(
+        unit=lambda model, settings: token_engine.UNIT,
+        prepare=token_engine.prepare,
+        start=token_engine.start,
+        rename=token_engine.rename,
+        advance=token_engine.advance,
+        own=Choice._fields,
+        log_probs=token_engine.LIKELIEST,
+    ),
 )
