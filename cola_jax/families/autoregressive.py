@@ -142,6 +142,7 @@ FAMILY = Family(
         rename=token_engine.rename,
         advance=token_engine.advance,
         own=Choice._fields,
+        widths=token_engine.widths,
         log_probs=token_engine.LIKELIEST,
     ),
 )

@@ -99,6 +99,8 @@ class Engine(NamedTuple):
         Estimates and log-probabilities are there only if some sequence wants ``more`` than tokens.
       own: settings that each sequence has for itself, those of `Choice`; all others are the program's.
       fills: settings -> whether jobs may have a suffix.
+      widths: program -> for each program of ``start``, the longest prompt that it reads, ascending; a batch that is
+        started has prompts of one of them only.
       log_probs: of how many most likely tokens log-probabilities are told; 0: the family has none for each token.
     """
 
@@ -109,6 +111,7 @@ class Engine(NamedTuple):
     advance: Callable[[Any, PyTree, bool], tuple[PyTree, Any, Any]]
     own: tuple[str, ...]
     fills: Callable[[Any], bool] = lambda settings: False
+    widths: Callable[[Any], Sequence[int]] = lambda program: (0,)
     log_probs: int = 0
 
 

@@ -33,9 +33,18 @@ def prepare(model: Autoregressive, params: Params, settings: Settings) -> Progra
     return Program(Plan(model, settings, settings.context, min(LIKELIEST, model.config.vocab_size)), params)
 
 
+def widths(program: Program) -> tuple[int, ...]:
+    """Of the rows in which prompts are read: most are short, and reading a whole context costs like a whole answer."""
+    context = program.plan.settings.context
+    short = max(16, context // 8)
+    return (short, context) if short < context else (context,)
+
+
 def start(program: Program, asked: Sequence[Job]) -> State:
     """The batch of these sequences, all at their beginning."""
-    rows = sampling.rows_of([job.prompt for job in asked], program.plan.settings.context)
+    longest = max(len(job.prompt) for job in asked)
+    width = next(width for width in widths(program) if width >= longest)
+    rows = sampling.rows_of([job.prompt for job in asked], width)
     return _start(program.plan, program.params, rows, jobs.keys(asked), _budgets(asked), jobs.choices(asked))
 
 

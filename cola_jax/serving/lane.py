@@ -86,9 +86,10 @@ class Lane:
 
     def warm(self) -> None:
         """Compiles all that service will need: every size, and every way from one to another."""
-        job = Job((), 1, Choice())
+        jobs = [Job((0,) * length, 1, Choice()) for length in self._engine.widths(self._program)]
         for size in self._sizes:
-            started = {count: self._engine.start(self._program, [job] * count) for count in self._sizes}
+            for job in jobs:
+                started = {count: self._engine.start(self._program, [job] * count) for count in self._sizes}
             self._renames = self._engine.rename(self._program, started[size], [job] * size) is not None
             for count in self._sizes:
                 state = places.select(started[count], np.zeros(size, np.int32))
@@ -111,7 +112,7 @@ class Lane:
         if not count:
             self.clear()
             return
-        beginnings = self._begin(new) if new else []
+        beginnings = [each for tickets in self._by_width(new) for each in self._begin(tickets)]
         self._resize(self._fitting(count), beginnings)
         for tickets, state in beginnings:
             free = [row for row, ticket in enumerate(self._tickets) if ticket is None][: len(tickets)]
@@ -152,6 +153,14 @@ class Lane:
         state = self._state if self._state is not None else beginnings[0][1]
         self._state = places.select(state, np.array(rows + [0] * (size - len(rows)), np.int32))
         self._tickets = [self._tickets[row] for row in rows] + [None] * (size - len(rows))
+
+    def _by_width(self, tickets: list[Ticket]) -> list[list[Ticket]]:
+        """Sequences grouped by the program that reads their prompts: which one it is depends on a prompt alone."""
+        widths, groups = self._engine.widths(self._program), {}
+        for ticket in tickets:
+            fitting = [width for width in widths if width >= len(ticket.job.prompt)]
+            groups.setdefault(min(fitting, default=widths[-1]), []).append(ticket)
+        return list(groups.values())
 
     def _begin(self, tickets: list[Ticket]) -> list[tuple[list[Ticket], PyTree]]:
         """Groups of sequences with batches, of a fitting size, in whose first rows they are at their beginnings."""

@@ -24,7 +24,9 @@ class ServeSettings:
     request_seconds: float = setting(300.0, "longest time from a request to the end of its answer", above=0)
     drain_seconds: float = setting(30.0, "longest time from SIGTERM to the end, for what has begun", at_least=0)
     body_bytes: int = setting(1 << 20, "longest body of a request", at_least=1)
-    prefixes: int = setting(64, "most prompts whose caches are kept for further requests with the same; 0: none", at_least=0)
+    prefixes: int = setting(
+        64, "most prompts whose caches are kept for further requests with the same; 0: none", at_least=0
+    )
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

@@ -11,6 +11,7 @@ with status 1 if a text was wrong, a request lost, or an answer none that OpenAI
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import signal
 import subprocess
@@ -212,6 +213,7 @@ async def speed(address: str, model: str) -> bool:
 
 
 def main(_) -> None:
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     options = ["--queue=4096", f"--max_sequences={10**4}"]
     with serving(*options) as (address, model, process):
         if _MALFORMED.value:
