@@ -89,7 +89,7 @@ class Lane:
         jobs = [Job((0,) * length, 1, Choice()) for length in self._engine.widths(self._program)]
         for size in self._sizes:
             for job in jobs:
-                started = {count: self._engine.start(self._program, [job] * count) for count in self._sizes}
+                started = {count: _committed(self._engine.start(self._program, [job] * count)) for count in self._sizes}
             self._renames = self._engine.rename(self._program, started[size], [job] * size) is not None
             for count in self._sizes:
                 state = places.select(started[count], np.zeros(size, np.int32))
@@ -184,13 +184,19 @@ class Lane:
 
     def _started(self, tickets: list[Ticket]) -> PyTree:
         jobs = [ticket.job for ticket in tickets]
-        return self._engine.start(self._program, _filled(jobs, self._fitting(len(jobs))))
+        return _committed(self._engine.start(self._program, _filled(jobs, self._fitting(len(jobs)))))
 
     def _renamed(self, state: PyTree, rows: list[int], tickets: list[Ticket]) -> PyTree:
         """The rows of a batch at its beginning as those of these sequences."""
         size = self._fitting(len(tickets))
         state = places.select(state, np.array(_filled(rows, size), np.int32))
-        return self._engine.rename(self._program, state, _filled([ticket.job for ticket in tickets], size))
+        jobs = _filled([ticket.job for ticket in tickets], size)
+        return _committed(self._engine.rename(self._program, state, jobs))
+
+
+def _committed(state: PyTree) -> PyTree:
+    """A state all of whose leaves are bound to the device: for others, programs would be compiled once more."""
+    return jax.device_put(state, jax.devices()[0])
 
 
 def _filled(items: list, size: int) -> list:

@@ -40,7 +40,7 @@ def engine(family: Family) -> Engine:
     def start(program: Program, asked: Sequence[Job]) -> State:
         keys = _keys(np.array([job.seed % 2**32 for job in asked], np.uint32))
         prompts, ids = [list(job.prompt) for job in asked], [job.sample for job in asked]
-        out = family.generate(program.model, program.params, prompts, program.settings, keys, ids)
+        out = family.generate(program.model, program.params, prompts, program.settings, key=keys, sample_ids=ids)
         lengths = np.minimum(np.asarray(out.lengths), [job.max_new_tokens for job in asked])
         return State(jnp.asarray(out.tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
 

@@ -36,6 +36,7 @@ class Letters:
 
 
 def _run(family, config, model, params) -> Run:
+    params = jax.device_put(params, jax.devices()[0])  # as those of a checkpoint are
     return Run(family, model, params, Letters(), config, 7)
 
 

@@ -109,7 +109,7 @@ def test_service_compiles_nothing(name):
     jax.monitoring.register_event_duration_secs_listener(listener)
     draw = np.random.default_rng(0)
     for index in range(24):
-        prompt = draw.integers(0, 28, draw.integers(0, 13)).tolist()
+        prompt = draw.integers(0, 28, draw.integers(0, 13)).tolist() if index % 2 else PROMPTS[index % 5]
         own = {"temperature": float(draw.choice([0.0, 0.7])), "top_p": float(draw.uniform(0.3, 1))}
         own = {} if name == "bigram" else own
         count = min(lane.free, int(draw.integers(0, 4)))

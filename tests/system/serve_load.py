@@ -34,6 +34,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 40, "most new tokens of a request")
 _MALFORMED = flags.DEFINE_integer("malformed", 0, "instead of load: so many malformed requests")
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "instead of load: speed beside that of generate_batches")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "--throughput: requests for each place of the largest batch")
+_LOG = flags.DEFINE_string("server_log", "/dev/null", "file for what the server logs")
 _CACHE = flags.DEFINE_string("compilation_cache", None, "of the server")
 _WORDS = "Mia was a girl from the village. She wanted to find a red drum. Tom walked into the forest one morning."
 
@@ -45,7 +46,8 @@ def serving(*options: str):
     command += [f"--batch_sizes={_BATCH.value}"]
     command += [f"--compilation_cache={_CACHE.value}"] if _CACHE.value else []
     begin = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    with open(_LOG.value, "w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
     name = address = None
     for line in process.stdout:
         if "http://" in line:
