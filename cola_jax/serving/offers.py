@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Offers:
                 raise UserError(f"{prefix}{name[:64]}: family {self._family.name!r} has no such setting; it has {has}")
             values[name] = tuple(value) if isinstance(value, list) else value
             fields.check_value(known[name], values[name], f"{prefix}{name}")
+            values[name] = _as_float(values[name]) if _is_float(known[name]) else values[name]
         changed = dataclasses.replace(base, **values)
         fields.check(changed, prefix)
         return changed
@@ -110,6 +112,18 @@ class Offers:
         if not names:
             return ["the defaults"]
         return [", ".join(f"{name} = {row[name]!r}" for name in names) for row in rows]
+
+
+def _is_float(entry: fields.Entry) -> bool:
+    """Whether a field holds a number that need not be whole, or several."""
+    return any(kind is float or float in typing.get_args(kind) for kind in entry.types)
+
+
+def _as_float(value: Any) -> Any:
+    """A number of JSON, which may be whole, or several, as floats."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_float, value))
+    return value if value is None else float(value)
 
 
 def _parsed(text: str) -> dict[str, Any]:

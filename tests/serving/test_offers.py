@@ -52,7 +52,7 @@ def test_a_family_without_an_engine_has_one_temperature_for_all():
         ("stepz=1", "--offer: stepz: family 'cola' has no such setting; it has steps, solver"),
         ("max_new_tokens=3", "no such setting"),
         ("context=3", "no such setting"),
-        ("churn=1", "--offer: churn = 1: must be 0 with solver 'euler'"),
+        ("churn=1", "--offer: churn = 1.0: must be 0 with solver 'euler'"),
     ],
 )
 def test_an_offer_that_cannot_be_had_is_told(text, words):
