@@ -27,14 +27,14 @@ class Batcher:
         self._lanes = [(lane, deque[Ticket]()) for lane in lanes]
         self._queue, self._deliver, self._metrics = queue, deliver, metrics
         self._changed = threading.Condition()
-        self._closing = self._stopped = False
+        self._closing = self._stopped = self._turning = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence waits or is on its way."""
-        return any(lane.active or waiting for lane, waiting in self._lanes)
+        """Whether a sequence waits or is on its way, or is just about to begin."""
+        return self._turning or any(lane.active or waiting for lane, waiting in self._lanes)
 
     @property
     def closing(self) -> bool:
@@ -88,9 +88,11 @@ class Batcher:
                 self._changed.wait_for(lambda: self._stopped or self.busy)
                 if self._stopped:
                     return
+                self._turning = True
             for lane, waiting in self._lanes:
                 if lane.active or waiting:
                     self._deliver(self._turn(lane, waiting))
+            self._turning = False
 
     def _turn(self, lane: Lane, waiting: deque[Ticket]) -> Updates:
         """One unit of a lane. If it fails, its sequences are given up, and the lane begins anew."""
