@@ -51,16 +51,26 @@ def machine_flags() -> Callable[[], None]:
     count = flags.DEFINE_integer("process_count", None, "processes of the run")
     index = flags.DEFINE_integer("process_id", None, "of this process, from 0")
     timeout = flags.DEFINE_float("join_timeout", distributed.JOIN_TIMEOUT, "seconds to wait for the other processes")
-    cache = flags.DEFINE_string("compilation_cache", None, "directory that keeps compiled programs; default: none")
+    use_cache = cache_flag()
 
     def start() -> None:
+        use_cache()
+        distributed.initialize(coordinator.value, count.value, index.value, timeout.value)
+
+    return start
+
+
+def cache_flag() -> Callable[[], None]:
+    """Defines ``--compilation_cache``; returns a function that acts on it."""
+    cache = flags.DEFINE_string("compilation_cache", None, "directory that keeps compiled programs; default: none")
+
+    def use() -> None:
         if cache.value:
             paths.check(cache.value, "--compilation_cache")
             place = cache.value if paths.scheme(cache.value) else paths.local(cache.value, "--compilation_cache")
             jax.config.update("jax_compilation_cache_dir", str(place))
-        distributed.initialize(coordinator.value, count.value, index.value, timeout.value)
 
-    return start
+    return use
 
 
 def profile_flag() -> Callable[[], tuple[int, int] | None]:

@@ -13,11 +13,11 @@ from cola_jax.types import Key
 STREAMS = ("init", "train", "evaluate", "sample", "likelihood")
 
 
-def key(seed: int, stream: str, step=0, sample=None) -> Key:
+def key(seed, stream: str, step=0, sample=None) -> Key:
     """The key of one draw, or of many.
 
     Args:
-      seed: the run's seed.
+      seed: the run's seed, an integer; may be traced.
       stream: one of `STREAMS`; streams are independent of each other.
       step: training step, or 0; may be traced.
       sample: None for one key; an integer, or an integer array [B] for a key per sample.
@@ -35,6 +35,17 @@ def key(seed: int, stream: str, step=0, sample=None) -> Key:
     if sample is None:
         return base
     return fold_in(base, sample)
+
+
+def keys(seeds, stream: str, samples) -> Key:
+    """The keys [B] of samples of several runs: that of sample i is ``key(seeds[i], stream, 0, samples[i])``.
+
+    Args:
+      seeds: [B], uint32; a seed counts modulo 2^32.
+      stream: one of `STREAMS`.
+      samples: [B], int32.
+    """
+    return jax.vmap(lambda seed, sample: key(seed, stream, 0, sample))(jnp.asarray(seeds), jnp.asarray(samples))
 
 
 def fold_in(keys: Key, numbers) -> Key:

@@ -14,11 +14,12 @@ LEVELS = (
     ("families",),
     ("train", "release"),
     ("runs", "evaluation"),
+    ("serving",),
     ("launch", "cli", "cli_settings", "cli_evaluation"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
-# What the trainer must not know: it walks the stages of a family, whatever its model is.
-FORBIDDEN = {"train": {"models", "objectives", "sampling", "likelihood"}}
+# What the trainer must not know: it walks the stages of a family, whatever its model is. A server walks its engine.
+FORBIDDEN = {"train": {"models", "objectives", "sampling", "likelihood"}, "serving": {"evaluation", "train", "models"}}
 # Tighter than their level.
 ONLY = {
     "types": set(),
@@ -115,6 +116,8 @@ def test_there_is_no_utils():
         ("train", "from cola_jax.models import cola"),
         ("train", "from cola_jax.objectives import stage1"),
         ("families", "from cola_jax.train import loop"),
+        ("evaluation", "from cola_jax.serving import app"),
+        ("serving", "from cola_jax.models import cola"),
         ("train", "from launch import train"),
         ("train", "from . import state"),
         ("models", "from cola_jax import unheard_of"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cola_jax import config as configs
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.families import token_models
-from cola_jax.families.interface import Family, Scores, Stage
+from cola_jax.families.interface import Engine, Family, Scores, Stage
 from cola_jax.fields import like
 from cola_jax.likelihood import exact
 from cola_jax.likelihood.row_scorer import RowScorer
@@ -19,6 +19,8 @@ from cola_jax.models.transformer import TransformerConfig
 from cola_jax.objectives import next_token
 from cola_jax.objectives.next_token import NextTokenConfig
 from cola_jax.sampling import autoregressive as sampling
+from cola_jax.sampling import token_engine
+from cola_jax.sampling.choose import Choice
 from cola_jax.types import Key, Params, PyTree
 
 
@@ -111,4 +113,14 @@ FAMILY = Family(
     check_scorable=lambda model, params: None,
     generation_flops=generation_flops,
     bound="exact",
+    engine=Engine(
+        unit=lambda model, settings: token_engine.UNIT,
+        prepare=token_engine.prepare,
+        start=token_engine.start,
+        rename=token_engine.rename,
+        advance=token_engine.advance,
+        own=Choice._fields,
+        widths=token_engine.widths,
+        log_probs=token_engine.LIKELIEST,
+    ),
 )

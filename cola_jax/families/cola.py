@@ -17,7 +17,7 @@ from cola_jax import config as configs
 from cola_jax import likelihood, sampling
 from cola_jax.config import Config, DataConfig, OptimizerConfig
 from cola_jax.families import strategies
-from cola_jax.families.interface import Family, Group, Scores, Stage, TermsFn
+from cola_jax.families.interface import Engine, Family, Group, Scores, Stage, TermsFn
 from cola_jax.fields import like, require, setting
 from cola_jax.likelihood import estimators, requests
 from cola_jax.models import cola, dit_config, text_vae
@@ -27,6 +27,8 @@ from cola_jax.models.text_vae import VAEConfig
 from cola_jax.objectives import common, stage1, stage2
 from cola_jax.objectives.stage1 import Stage1Config
 from cola_jax.objectives.stage2 import Stage2Config
+from cola_jax.sampling import block_engine
+from cola_jax.sampling.choose import Choice
 from cola_jax.sampling.settings import check_churn
 from cola_jax.types import Key, Params, PyTree
 
@@ -308,6 +310,16 @@ def reconstruct(model: ColaDLM, params: Params, batch: dict, keys: Key) -> tuple
     return (right * real).sum(), real.sum()
 
 
+ENGINE = Engine(
+    unit=lambda model, settings: model.dit_config.block_size * model.vae_config.patch_size,
+    prepare=block_engine.prepare,
+    start=block_engine.start,
+    rename=block_engine.rename,
+    advance=block_engine.advance,
+    own=Choice._fields,
+    fills=block_engine.fills,
+)
+
 FAMILY = Family(
     name="cola",
     config=ColaConfig,
@@ -329,4 +341,5 @@ FAMILY = Family(
     infill=sampling.infill,
     edit=sampling.edit,
     reconstruct=reconstruct,
+    engine=ENGINE,
 )

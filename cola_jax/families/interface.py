@@ -83,6 +83,38 @@ class Piece(NamedTuple):
     tokens: list[list[int]]
 
 
+class Engine(NamedTuple):
+    """Generation of a batch whose sequences come and go: what a server needs to batch continuously.
+
+    A state is a tree whose sequences `sampling.places` inserts and selects; `sampling.jobs` has Job and Progress. A
+    sequence's tokens depend on its job alone, not on the others of the batch.
+
+    Attributes:
+      unit: (model, settings) -> what is generated between two boundaries, in tokens.
+      prepare: (model, params, settings) -> program, for sequences of at most ``settings.context`` tokens, of which at
+        most ``settings.max_new_tokens`` are new.
+      start: (program, jobs) -> state of these sequences at their beginning.
+      rename: (program, state at its beginning, jobs with the same `Job.known`) -> state of those jobs, or None.
+      advance: (program, state, more) -> (state, `Progress`, estimates [steps, B, unit] or None): one unit further.
+        Estimates and log-probabilities are there only if some sequence wants ``more`` than tokens.
+      own: settings that each sequence has for itself, those of `Choice`; all others are the program's.
+      fills: settings -> whether jobs may have a suffix.
+      widths: program -> for each program of ``start``, the longest prompt that it reads, ascending; a batch that is
+        started has prompts of one of them only.
+      log_probs: of how many most likely tokens log-probabilities are told; 0: the family has none for each token.
+    """
+
+    unit: Callable[[Any, Any], int]
+    prepare: Callable[[Any, Params, Any], Any]
+    start: Callable[[Any, Sequence[Any]], PyTree]
+    rename: Callable[[Any, PyTree, Sequence[Any]], PyTree | None]
+    advance: Callable[[Any, PyTree, bool], tuple[PyTree, Any, Any]]
+    own: tuple[str, ...]
+    fills: Callable[[Any], bool] = lambda settings: False
+    widths: Callable[[Any], Sequence[int]] = lambda program: (0,)
+    log_probs: int = 0
+
+
 class Family(NamedTuple):
     """A model family.
 
@@ -96,7 +128,7 @@ class Family(NamedTuple):
       settings: class of the generation settings; its fields are flags of the binaries.
       default_settings: (config, tokenizer) -> settings with which a run of this config generates.
       generate: (model, params, prompts, settings, key, sample_ids, mesh), the last three by name, too -> tokens [B, L]
-        and lengths [B] of one batch; sample i depends on (key, i) alone.
+        and lengths [B] of one batch; sample i depends on (key, i) alone. The key may also be one for each prompt [B].
       generate_batches: (model, params, prompts, settings, key, batch_size) -> iterator of (index of the prompt, its new
         tokens), in order.
       stream: (model, params, prompts, settings, key, sample_ids) -> iterator of `Piece`s.
@@ -109,6 +141,7 @@ class Family(NamedTuple):
       tokens_per_latent: config -> P: prompts and prefixes that are scored must be multiples of it.
       infill, edit: as `sampling.infill` and `sampling.edit`; None for a family that only continues texts.
       reconstruct: (model, params, batch, keys) -> (tokens recovered, tokens), or None for a family without latents.
+      engine: see `Engine`; None for a family that generates whole batches only.
     """
 
     name: str
@@ -132,6 +165,7 @@ class Family(NamedTuple):
     infill: Callable[..., Any] | None = None
     edit: Callable[..., Any] | None = None
     reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    engine: Engine | None = None
 
 
 def first_steps(stages: Sequence[Stage]) -> list[int]:

@@ -125,4 +125,5 @@ FAMILY = Family(
     infill=sampling.infill,
     edit=sampling.edit,
     reconstruct=cola.reconstruct,
+    engine=cola.ENGINE,
 )

@@ -50,10 +50,29 @@ class Settings:
 
 
 class Plan(NamedTuple):
-    """What a program is compiled for."""
+    """What a program is compiled for.
+
+    ``capacity`` is how many tokens prompt and output have together, None: the prompts' width and the budget;
+    ``likeliest``, of how many most likely tokens log-probabilities are kept for each new one, None: of none at all.
+    """
 
     model: Autoregressive
     settings: Settings
+    capacity: int | None = None
+    likeliest: int | None = None
+
+
+class LogProbs(NamedTuple):
+    """log p of each new token given those before it, by the model itself: no temperature, penalty or truncation.
+
+    Attributes:
+      chosen: of the token that was drawn.
+      ids, values: the most likely tokens and theirs, descending.
+    """
+
+    chosen: Array  # [B, L]
+    ids: Array  # [B, L, C]
+    values: Array  # [B, L, C]
 
 
 class State(NamedTuple):
@@ -67,44 +86,63 @@ class State(NamedTuple):
     count: Array  # [B], how many those are, the end of text included
     seen: Array  # [B, V], whether a token was generated
     done: Array  # [B]
+    budget: Array  # [B], most new tokens
+    choice: choose.Choice | None = None  # of each sequence; None: the plan's
+    log_probs: LogProbs | None = None
 
 
 def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
     """The prompts in the cache, but for their last tokens, which the first new position reads."""
     (batch, width), vocabulary = prompts.tokens.shape, plan.model.config.vocab_size
-    room = plan.settings.max_new_tokens
+    room, kept = plan.settings.max_new_tokens, plan.likeliest
+    space = room if plan.capacity is None else plan.capacity - width
+    log_probs = None
+    if kept is not None:
+        found = (jnp.zeros((batch, room, kept), dtype) for dtype in (jnp.int32, jnp.float32))
+        log_probs = LogProbs(jnp.zeros((batch, room)), *found)
     real = (jnp.arange(width)[None] < prompts.lengths[:, None]).astype(jnp.int32)
     cache = plan.model.apply(params, prompts.tokens, real, method="prefill")
     last = jnp.take_along_axis(prompts.tokens, jnp.maximum(prompts.lengths - 1, 0)[:, None], axis=1)[:, 0]
     return State(
         keys=keys,
-        cache=caches.grow(cache, room),
+        cache=caches.grow(cache, space),
         position=prompts.lengths,
         before=jnp.where(prompts.lengths > 0, last, vocabulary),
         tokens=jnp.zeros((batch, room), jnp.int32),
         count=jnp.zeros(batch, jnp.int32),
         seen=jnp.zeros((batch, vocabulary), bool),
         done=jnp.zeros(batch, bool),
+        budget=jnp.full(batch, room, jnp.int32),
+        log_probs=log_probs,
     )
 
 
-def _advance(plan: Plan, params: Params, state: State) -> State:
-    """Generates the next token of every sequence that is not done."""
+def _noted(noted: LogProbs, logits, token, rows, place) -> LogProbs:
+    """``noted`` with the log-probabilities of one more token of every sequence."""
+    found = jax.nn.log_softmax(logits, axis=-1)
+    values, ids = jax.lax.top_k(found, noted.ids.shape[2])
+    new = LogProbs(found[rows, token], ids, values)
+    return jax.tree.map(lambda all_, one: all_.at[rows, place].set(one, mode="drop"), noted, new)
+
+
+def _advance(plan: Plan, params: Params, state: State, noting=False) -> State:
+    """Generates the next token of every sequence that is not done; ``noting`` its log-probabilities, where kept."""
     settings, rows = plan.settings, jnp.arange(state.done.shape[0])
     earlier = jnp.arange(state.cache[0].shape[2])[None] < state.position[:, None]
     logits, kv = plan.model.apply(
         params, state.before[:, None], state.position[:, None], state.cache, earlier, method="extend"
     )
-    logits = choose.penalize_repetition(logits, state.seen, settings.repetition_penalty)
-    keys = rng.fold_in(state.keys, state.position)
-    token = choose.choose(logits, keys, settings.temperature, settings.top_k, settings.top_p)[:, 0]
+    keys, choice = rng.fold_in(state.keys, state.position), choose.choice_of(plan.settings, state.choice)
+    token = choose.next_tokens(logits, state.seen, keys, choice)[:, 0]
     going = ~state.done
     count = state.count + going
-    done = state.done | (count >= settings.max_new_tokens)
-    if settings.eos_id is not None:
-        done = done | (token == settings.eos_id)
+    done = state.done | (count >= state.budget) | choose.is_end(token, choice)
     # A sequence that is done stays where it is: its token is dropped.
     place = jnp.where(going, state.count, settings.max_new_tokens)
+    noted = state.log_probs
+    if noted is not None:
+        new = functools.partial(_noted, logits=logits[:, 0], token=token, rows=rows, place=place)
+        noted = jax.lax.cond(noting, new, lambda old: old, noted)
     return State(
         keys=state.keys,
         cache=caches.commit(state.cache, kv, state.position),
@@ -114,13 +152,17 @@ def _advance(plan: Plan, params: Params, state: State) -> State:
         count=count,
         seen=state.seen.at[rows, token].max(going),
         done=done,
+        budget=state.budget,
+        choice=state.choice,
+        log_probs=noted,
     )
 
 
-def _cut(plan: Plan, state: State) -> Generation:
-    """The new tokens up to the end of text."""
+def cut(plan: Plan, state: State) -> Generation:
+    """The new tokens so far, up to the end of text."""
     inside = jnp.arange(state.tokens.shape[1])[None] < state.count[:, None]
-    return token_rows.cut(state.tokens, inside, plan.settings.eos_id, plan.settings.pad_id)
+    ends = choose.is_end(state.tokens, choose.choice_of(plan.settings, state.choice))
+    return token_rows.cut(state.tokens, inside, ends, plan.settings.pad_id)
 
 
 start = jax.jit(_start, static_argnums=0)
@@ -132,7 +174,7 @@ def run(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> Generation:
     """The whole generation in one program."""
     state = _start(plan, params, prompts, keys)
     state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), functools.partial(_advance, plan, params), state)
-    return _cut(plan, state)
+    return cut(plan, state)
 
 
 def generate(

@@ -38,7 +38,7 @@ class Generation(NamedTuple):
 
 
 class State(NamedTuple):
-    """A batch of sequences on their way. Every leaf begins with the batch, but for those of the decoder's cache."""
+    """A batch of sequences on their way. Every leaf begins with the batch, but stacked caches: see `places`."""
 
     layout: Layout
     data: Array  # [B, W / P, D], normalised latents of what the layout's tokens say
@@ -51,6 +51,7 @@ class State(NamedTuple):
     latents: Array  # [B, G, K, D]
     seen: Array  # [B, V], tokens generated so far
     done: Array  # [B]
+    choice: choose.Choice | None = None  # of each sequence; None: the plan's
 
 
 def prepare(model: ColaDLM, params: Params) -> tuple[ColaDLM, Params]:
@@ -72,14 +73,14 @@ def tabulate(plan: Plan, params: Params) -> Precomputed:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def start(plan: Plan, params: Params, layout: Layout, keys: Key) -> State:
+def start(plan: Plan, params: Params, layout: Layout, keys: Key, choice: choose.Choice | None = None) -> State:
     """The sequences' known latents, and caches that hold their history."""
     model, config = plan.model, plan.model.dit_config
     batch, block = layout.tokens.shape[0], config.block_size
     posterior = model.apply(params, layout.tokens, layout.visible.astype(jnp.int32), method="encode")
     data = model.normalize(posterior.mean)
     prior, decoder = model.apply(params, data, layout.visible.astype(jnp.int32), method="prefill")
-    room = plan.blocks * block
+    room = _room(plan, data.shape[1])
     before = (layout.first[:, None] - 1) * block + jnp.arange(block)[None]
     return State(
         layout=layout,
@@ -93,14 +94,20 @@ def start(plan: Plan, params: Params, layout: Layout, keys: Key) -> State:
         latents=jnp.zeros((batch, plan.blocks, block, config.latent_dim)),
         seen=jnp.zeros((batch, model.vae_config.vocab_size), bool),
         done=jnp.zeros(batch, bool),
+        choice=choice,
     )
+
+
+def _room(plan: Plan, width: int) -> int:
+    """Latents that the caches hold behind a layout of ``width`` latents."""
+    return plan.blocks * plan.model.dit_config.block_size if plan.capacity is None else plan.capacity - width
 
 
 def _next_block(plan: Plan, state: State) -> NextBlock:
     block, width = plan.model.dit_config.block_size, state.data.shape[1]
     positions = (state.layout.first + state.block)[:, None] * block + jnp.arange(block)[None]
     inside = jnp.minimum(positions, width - 1)
-    attended = jnp.pad(state.layout.attended, ((0, 0), (0, plan.blocks * block)), constant_values=True)
+    attended = jnp.pad(state.layout.attended, ((0, 0), (0, _room(plan, width))), constant_values=True)
     return NextBlock(
         positions=positions,
         known=caches.rows_at(state.layout.known, inside) & (positions < width),
@@ -129,20 +136,32 @@ def _latents(plan: Plan, precomputed: Precomputed, block: NextBlock, noise, cach
     return z, cache, None
 
 
+def _decoded(decode, guesses, wanted):
+    """The most likely tokens of every guess at a block; where ``wanted`` is traced and False, zeros."""
+
+    def all_of_them(guesses):
+        return jax.lax.map(lambda guess: jnp.argmax(decode(guess), axis=-1).astype(jnp.int32), guesses)
+
+    if isinstance(wanted, bool):
+        return all_of_them(guesses)
+    shape = jax.eval_shape(all_of_them, guesses).shape
+    return jax.lax.cond(wanted, all_of_them, lambda _: jnp.zeros(shape, jnp.int32), guesses)
+
+
 def advance(
-    plan: Plan, precomputed: Precomputed, state: State, noise=None, first: bool = False, estimates: bool = False
+    plan: Plan, precomputed: Precomputed, state: State, noise=None, first: bool = False, estimates: bool | Array = False
 ):
     """Generates the next block of every sequence that is not done.
 
     Args:
       noise: [B, G, K, D] in place of the keys'.
       first: all sequences are at their first block (only "repaint" needs to know).
-      estimates: also decode what each step makes of the block.
+      estimates: also decode what each step makes of the block; traced, the program can do either (zeros where not).
 
     Returns:
       The new state, and the estimates [steps, B, K * P], or None.
     """
-    model, settings = plan.model, plan.settings
+    model, choice = plan.model, choose.choice_of(plan.settings, state.choice)
     size, patch = model.dit_config.block_size, model.vae_config.patch_size
     batch, per_block = state.done.shape[0], size * patch
     rows = jnp.arange(batch)
@@ -152,21 +171,17 @@ def advance(
         z = rng.normal(noise_keys, state.previous.shape[1:])
     else:
         z = noise[rows, jnp.minimum(state.block, noise.shape[1] - 1)]
-    z, cache, guesses = _latents(plan, precomputed, block, z, state.prior, first, estimates)
+    wanted = estimates if isinstance(estimates, bool) else True
+    z, cache, guesses = _latents(plan, precomputed, block, z, state.prior, first, wanted)
     decode = functools.partial(model.apply, precomputed.params, method="decode_next")
     logits, kv = decode(z, state.decoder, block.cache_mask, block.positions)
-    logits = choose.penalize_repetition(logits, state.seen, settings.repetition_penalty)
-    tokens = choose.choose(logits, token_keys, settings.temperature, settings.top_k, settings.top_p)
+    tokens = choose.next_tokens(logits, state.seen, token_keys, choice)
     if guesses is not None:
-        guesses = jax.lax.map(
-            lambda g: jnp.argmax(decode(g, state.decoder, block.cache_mask, block.positions)[0], axis=-1), guesses
-        )
+        guesses = _decoded(lambda g: decode(g, state.decoder, block.cache_mask, block.positions)[0], guesses, estimates)
 
     index = block.positions[:, :1] * patch + jnp.arange(per_block)[None]
     new = (index >= state.layout.begin[:, None]) & (index < state.layout.end[:, None])
-    ended = jnp.zeros_like(state.done)
-    if settings.eos_id is not None:
-        ended = jnp.any(new & (tokens == settings.eos_id), axis=1)
+    ended = jnp.any(new & choose.is_end(tokens, choice), axis=1)
     # A sequence that is done stays where it is: its last block is only computed again.
     at = jnp.minimum(state.block, plan.blocks - 1)
 
@@ -177,6 +192,7 @@ def advance(
         layout=state.layout,
         data=state.data,
         keys=state.keys,
+        choice=state.choice,
         block=state.block + ~state.done,
         previous=keep(z, state.previous),
         prior=cache,
@@ -188,18 +204,17 @@ def advance(
     ), guesses
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def insert(state: State, new: State, rows: Int[Array, " R"]) -> State:
-    """Puts R new sequences in the places ``rows`` of a batch."""
-
-    def leaf(old, new):
-        axis = 1 if old.ndim == 5 else 0  # caches of stacked layers
-        return old.at[(slice(None),) * axis + (rows,)].set(new)
-
-    return jax.tree.map(leaf, state, new)
-
-
 advance_once = jax.jit(advance, static_argnums=0, static_argnames=("first", "estimates"), donate_argnums=2)
+
+
+def begin(
+    plan: Plan, precomputed: Precomputed, layout: Layout, keys: Key, choice: choose.Choice | None = None
+) -> State:
+    """`start`, and with "repaint" the first block too, which needs a program of its own."""
+    state = start(plan, precomputed.params, layout, keys, choice)
+    if plan.settings.conditioning == "repaint":
+        state, _ = advance_once(plan, precomputed, state, first=True)
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -226,6 +241,6 @@ def cut(plan: Plan, state: State) -> Generation:
     index = jnp.arange(length)[None]
     new = jnp.take_along_axis(tokens, jnp.minimum(tail[:, None] + index, tokens.shape[1] - 1), axis=1)
     inside = index < jnp.minimum(tokens.shape[1] - tail, layout.end - layout.begin)[:, None]
-    if settings.eos_id is not None:
-        inside = inside & (jnp.cumsum(new == settings.eos_id, axis=1) == 0)
+    ends = choose.is_end(new, choose.choice_of(settings, state.choice))
+    inside = inside & (jnp.cumsum(ends, axis=1) == 0)
     return Generation(jnp.where(inside, new, settings.pad_id or 0), jnp.sum(inside, axis=1), state.latents)

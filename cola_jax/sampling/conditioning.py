@@ -64,6 +64,13 @@ def bucket(model: ColaDLM, tokens: int) -> int:
     return per_block * 2 ** (-(-max(tokens, 1) // per_block) - 1).bit_length()
 
 
+def block_count(model: ColaDLM, settings: Settings, new_tokens: int) -> int:
+    """Blocks that ``new_tokens`` new tokens need, whatever part of the first one is known."""
+    per_block = model.dit_config.block_size * model.vae_config.patch_size
+    aligned = settings.conditioning in ("left_pad", "right_pad")
+    return -(-(new_tokens + (0 if aligned else per_block - 1)) // per_block)
+
+
 def padding(model: ColaDLM, tokens: int, settings: Settings) -> int:
     """Padding before a text of ``tokens`` tokens: with it, the text ends with a patch; "left_pad": with a block."""
     patch = model.vae_config.patch_size
@@ -108,15 +115,18 @@ def prompts(model: ColaDLM, texts: Sequence[Ids], settings: Settings, width: int
     return layout
 
 
-def gaps(model: ColaDLM, texts: Sequence[tuple[Ids, int, Ids]], settings: Settings) -> Layout:
+def gaps(model: ColaDLM, texts: Sequence[tuple[Ids, int, Ids]], settings: Settings, width: int = 0) -> Layout:
     """Fills a gap of given length between two texts, (before, length, after).
 
     The encoder sees the gap as mask tokens. Latents on both sides are pinned where they share a block with the gap.
+
+    Args:
+      width: of the layout, at least; 0: what the longest text needs.
     """
     patch, block = model.vae_config.patch_size, model.dit_config.block_size
     offsets = [-len(before) % patch for before, _, _ in texts]
     totals = [o + len(b) + n + len(a) for o, (b, n, a) in zip(offsets, texts, strict=True)]
-    layout = _empty(model, len(texts), bucket(model, max(totals)), settings)
+    layout = _empty(model, len(texts), max(width, bucket(model, max(totals))), settings)
     for row, ((before, length, after), offset, total) in enumerate(zip(texts, offsets, totals, strict=True)):
         begin = offset + len(before)
         end = begin + length

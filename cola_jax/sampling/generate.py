@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from cola_jax import rng, sharding
 from cola_jax.models.cola import ColaDLM
-from cola_jax.sampling import blocks, conditioning
+from cola_jax.sampling import blocks, conditioning, places
 from cola_jax.sampling.blocks import Generation
 from cola_jax.sampling.conditioning import Ids
 from cola_jax.sampling.settings import Settings
@@ -47,13 +47,6 @@ def _keys(key: Key | None, settings: Settings, count: int, sample_ids, noise) ->
         key = jax.random.key(0)
     ids = jnp.arange(count) if sample_ids is None else jnp.asarray(sample_ids)
     return rng.fold_in(key, ids)
-
-
-def _block_count(model: ColaDLM, settings: Settings, new_tokens: int) -> int:
-    """Blocks that ``new_tokens`` new tokens need, whatever part of the first one is known."""
-    per_block = model.dit_config.block_size * model.vae_config.patch_size
-    aligned = settings.conditioning in ("left_pad", "right_pad")
-    return -(-(new_tokens + (0 if aligned else per_block - 1)) // per_block)
 
 
 def _run(model, params, layout, settings, count: int, keys, noise, mesh: Mesh | None) -> Generation:
@@ -106,7 +99,7 @@ def generate(
     conditioning.check_prompts(model, prompts, settings)
     keys = _keys(key, settings, len(prompts), sample_ids, noise)
     layout = conditioning.prompts(model, prompts, settings)
-    count = _block_count(model, settings, settings.max_new_tokens)
+    count = conditioning.block_count(model, settings, settings.max_new_tokens)
     return _run(model, params, layout, settings, count, keys, noise, mesh)
 
 
@@ -156,7 +149,7 @@ def infill(
     settings = dataclasses.replace(settings, max_new_tokens=longest, eos_id=None)
     keys = _keys(key, settings, len(texts), sample_ids, noise)
     layout = conditioning.gaps(model, texts, settings)
-    return _run(model, params, layout, settings, _block_count(model, settings, longest), keys, noise, mesh)
+    return _run(model, params, layout, settings, conditioning.block_count(model, settings, longest), keys, noise, mesh)
 
 
 def edit(
@@ -202,7 +195,7 @@ def edit(
     settings.validate()
     keys = _keys(key, settings, len(texts), sample_ids, noise)
     layout = conditioning.spans(model, texts, settings)
-    return _run(model, params, layout, settings, _block_count(model, settings, longest), keys, noise, mesh)
+    return _run(model, params, layout, settings, conditioning.block_count(model, settings, longest), keys, noise, mesh)
 
 
 def stream(
@@ -228,7 +221,7 @@ def stream(
     keys = _keys(key, settings, len(prompts), sample_ids, None)
     layout = conditioning.prompts(model, prompts, settings)
     model, params = blocks.prepare(model, params)
-    plan = Plan(model, settings, _block_count(model, settings, settings.max_new_tokens))
+    plan = Plan(model, settings, conditioning.block_count(model, settings, settings.max_new_tokens))
     return _stream(plan, blocks.tabulate(plan, params), blocks.start(plan, params, layout, keys), estimates)
 
 
@@ -277,37 +270,23 @@ def generate_batches(
     if batch_size < 1:
         raise UserError(f"sampling batch_size = {batch_size}: must be at least 1")
     conditioning.check_prompts(model, prompts, settings)
-    size = min(batch_size, len(prompts))
-    if settings.conditioning == "repaint":  # whose first block needs a program of its own
-        return _whole_batches(model, params, prompts, settings, key, size)
-    return _refilled(model, params, prompts, settings, key, size)
-
-
-def _whole_batches(model, params, prompts, settings, key, size: int) -> Iterator[tuple[int, list[int]]]:
-    for start in range(0, len(prompts), size):
-        chunk = list(prompts[start : start + size])
-        # The last batch is filled up, so that it does not need a program of its own.
-        filled = chunk + [chunk[-1]] * (size - len(chunk))
-        out = generate(model, params, filled, settings, key, sample_ids=range(start, start + size))
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        for row in range(len(chunk)):
-            yield start + row, tokens[row, : lengths[row]].tolist()
+    return _refilled(model, params, prompts, settings, key, min(batch_size, len(prompts)))
 
 
 def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tuple[int, list[int]]]:
     width = max(conditioning.prompts(model, [prompt], settings).tokens.shape[1] for prompt in prompts)
-    count = _block_count(model, settings, settings.max_new_tokens)
+    count = conditioning.block_count(model, settings, settings.max_new_tokens)
     model, params = blocks.prepare(model, params)
     plan = Plan(model, settings, count)
     weights = blocks.tabulate(plan, params)
 
-    def begin(indices: list[int]):
+    def begun(indices: list[int]):
         layout = conditioning.prompts(model, [prompts[i] for i in indices], settings, width)
-        return blocks.start(plan, params, layout, _keys(key, settings, len(indices), indices, None))
+        return blocks.begin(plan, weights, layout, _keys(key, settings, len(indices), indices, None))
 
     waiting = collections.deque(range(len(prompts)))
-    places = [waiting.popleft() for _ in range(size)]  # index of the prompt in each place of the batch
-    state, finished, following = begin(places), {}, itertools.count()
+    prompt_at = [waiting.popleft() for _ in range(size)]  # index of the prompt in each place of the batch
+    state, finished, following = begun(prompt_at), {}, itertools.count()
     refill = max(1, size // 4)  # places that are filled at a time, so that few programs are needed
     expected = next(following)
     active = np.ones(size, bool)
@@ -318,7 +297,7 @@ def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tupl
             out = blocks.cut(plan, state)
             tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
             for row in np.flatnonzero(done & active):
-                finished[places[row]] = tokens[row, : lengths[row]].tolist()
+                finished[prompt_at[row]] = tokens[row, : lengths[row]].tolist()
             active &= ~done
         while expected in finished:
             yield expected, finished.pop(expected)
@@ -327,9 +306,9 @@ def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tupl
         while waiting and len(free) >= min(refill, len(waiting)):
             rows = free[: min(refill, len(waiting))]
             for row in rows:
-                places[row] = waiting.popleft()
+                prompt_at[row] = waiting.popleft()
             # Always as many: the last prompt again where there are too few, into the same place.
             rows = np.pad(rows, (0, refill - len(rows)), mode="edge")
-            state = blocks.insert(state, begin([places[row] for row in rows]), jnp.asarray(rows))
+            state = places.insert(state, begun([prompt_at[row] for row in rows]), jnp.asarray(rows))
             active[rows] = True
             free = np.flatnonzero(~active)

@@ -169,7 +169,9 @@ def _seen(plan: Plan, rows: Rows, masked: Array) -> Array:
 
 def _cut(plan: Plan, state: State) -> Generation:
     """The new tokens up to the end of text."""
-    return token_rows.cut(*_new(plan, state.rows, state.masked), plan.settings.eos_id, plan.settings.pad_id)
+    (new, written), settings = _new(plan, state.rows, state.masked), plan.settings
+    ends = None if settings.eos_id is None else new == settings.eos_id
+    return token_rows.cut(new, written, ends, settings.pad_id)
 
 
 start = jax.jit(_start, static_argnums=0)

@@ -108,17 +108,17 @@ def run(program: Callable[..., Generation], rows: Any, keys: Key, mesh: Mesh | N
         return program(rows, keys)
 
 
-def cut(tokens: Int[Array, "B L"], inside: Array, eos_id: int | None, pad_id: int | None) -> Generation:
+def cut(tokens: Int[Array, "B L"], inside: Array, ends: Array | None, pad_id: int | None) -> Generation:
     """New tokens up to the end of text.
 
     Args:
       tokens: generated.
       inside: [B, L], those that count.
-      eos_id: the end of text; None: nothing ends a text.
+      ends: [B, L], those that end a text; None: none of them.
       pad_id: what stands behind it; None: 0.
     """
-    if eos_id is not None:
-        inside = inside & (jnp.cumsum(tokens == eos_id, axis=1) == 0)
+    if ends is not None:
+        inside = inside & (jnp.cumsum(ends, axis=1) == 0)
     return Generation(jnp.where(inside, tokens, pad_id or 0), jnp.sum(inside, axis=1))
 
 

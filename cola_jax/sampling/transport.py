@@ -34,12 +34,14 @@ class Precomputed(NamedTuple):
 class Plan(NamedTuple):
     """What a program is compiled for.
 
-    ``model`` has its layers apart where that is faster; ``blocks`` are generated at most.
+    ``model`` has its layers apart where that is faster; ``blocks`` are generated at most; ``capacity`` is how many
+    latents a sequence has together with what was known, None: as many as the layout and all blocks.
     """
 
     model: ColaDLM
     settings: Settings
     blocks: int
+    capacity: int | None = None
 
     @property
     def times(self) -> np.ndarray:

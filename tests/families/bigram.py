@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax import config as configs
+from cola_jax import rng
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.families.interface import Family, Group, Piece, Scores, Stage
 from cola_jax.fields import check, like, setting
@@ -119,7 +120,7 @@ def _next(model, params, before, keys, position, temperature):
 
 def stream(model, params, prompts, settings, key=None, sample_ids=None) -> Iterator[Piece]:
     ids = jnp.arange(len(prompts)) if sample_ids is None else jnp.asarray(sample_ids)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+    keys = rng.fold_in(key, ids)
     before = jnp.array([prompt[-1] if prompt else model.vocab for prompt in prompts])
     going = np.ones(len(prompts), bool)
     for position in range(settings.max_new_tokens):

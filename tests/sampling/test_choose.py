@@ -82,3 +82,20 @@ def test_draws_follow_what_is_left():
     counts = np.bincount(np.asarray(drawn)[:, 0], minlength=4)
     assert counts[1] == counts[3] == 0
     assert abs(counts[0] / 400 - 0.4 / 0.7) < 0.1
+
+
+@pytest.mark.parametrize("end", [None, 3])
+def test_a_choice_for_each_sequence_is_that_of_a_batch_in_which_all_have_it(end):
+    """Also beside sequences that want what others do not."""
+    logits, seen = normal(5, 7, 9, seed=4), normal(5, 9, seed=5) > 0
+    keys = rng.key(0, "sample", 0, jnp.arange(5))
+    rows = [(0.0, 0, 1.0, 1.0), (0.0, 3, 0.5, 1.7), (1.0, 0, 1.0, 1.0), (0.6, 3, 1.0, 0.4), (1.5, 0, 0.7, 1.0)]
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    kinds = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    each = choose.Choice(*(jnp.asarray(c, k) for c, k in zip(columns, kinds, strict=True)), jnp.full(5, end or -1))
+    found = choose.next_tokens(logits, seen, keys, each)
+    for index, row in enumerate(rows):
+        choice = choose.Choice(*row, end)
+        np.testing.assert_array_equal(found[index], choose.next_tokens(logits, seen, keys, choice)[index])
+        np.testing.assert_array_equal(choose.is_end(found, each)[index], choose.is_end(found, choice)[index])
+    assert jnp.any(choose.is_end(found, each)) == (end is not None)

@@ -1,0 +1,72 @@
+"""What a batch whose sequences come and go needs to know of each of them, and what it tells."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cola_jax import rng
+from cola_jax.sampling.choose import Choice
+from cola_jax.types import Key
+
+Ids = Sequence[int]
+
+
+class Job(NamedTuple):
+    """One sequence that is to be generated.
+
+    Attributes:
+      prompt: token ids; empty: from nothing.
+      max_new_tokens: budget, or the length of the gap.
+      choice: how its tokens are chosen, in numbers.
+      seed, sample: the draws are those of this sample of ``rng.key(seed, "sample")``.
+      suffix: what stands behind the gap that is filled; None: the prompt is continued.
+    """
+
+    prompt: Ids
+    max_new_tokens: int
+    choice: Choice
+    seed: int = 0
+    sample: int = 0
+    suffix: Ids | None = None
+
+    @property
+    def known(self) -> tuple:
+        """What its start depends on: sequences of which this is equal start equally."""
+        if self.suffix is None:
+            return (tuple(self.prompt),)
+        return tuple(self.prompt), self.max_new_tokens, tuple(self.suffix)
+
+
+class Progress(NamedTuple):
+    """How far the sequences of a batch are.
+
+    Attributes:
+      tokens: [B, L], new tokens.
+      ready: [B], how many of them are final; those behind them are not there yet.
+      done: [B], whether that is all.
+      log_probs: of the new tokens, where the family has them (`autoregressive.LogProbs`).
+    """
+
+    tokens: Any
+    ready: Any
+    done: Any
+    log_probs: Any = None
+
+
+def choices(jobs: Sequence[Job]) -> Choice:
+    """The choices of several sequences, as arrays [B]."""
+    ends = [-1 if job.choice.eos_id is None else job.choice.eos_id for job in jobs]
+    columns = zip(*(job.choice._replace(eos_id=end) for job, end in zip(jobs, ends, strict=True)), strict=True)
+    kinds = Choice(np.float32, np.int32, np.float32, np.float32, np.int32)
+    return Choice(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+
+
+def keys(jobs: Sequence[Job]) -> Key:
+    """The keys [B] of several sequences."""
+    seeds = np.array([job.seed % 2**32 for job in jobs], np.uint32)
+    return _keys(seeds, np.array([job.sample for job in jobs], np.int32))
+
+
+_keys = jax.jit(lambda seeds, samples: rng.keys(seeds, "sample", samples))

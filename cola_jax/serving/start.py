@@ -1,0 +1,103 @@
+"""From a checkpoint to an application."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+
+from cola_jax.runs import Run
+from cola_jax.serving import app, chat
+from cola_jax.serving.app import Service
+from cola_jax.serving.batcher import Batcher, Updates
+from cola_jax.serving.desk import Desk
+from cola_jax.serving.lane import Lane
+from cola_jax.serving.metrics import Metrics
+from cola_jax.serving.offers import Offers
+from cola_jax.serving.settings import ServeSettings
+
+
+class Asked(NamedTuple):
+    """What a server is started with, besides the run.
+
+    Attributes:
+      settings: of generation, for requests that ask for nothing else.
+      limits: see `ServeSettings`.
+      name: of the model, for clients.
+      offers: other settings that requests may ask for (`Offers`).
+      directory: of the checkpoint, which may have a chat template.
+      chat_template: a file with one; None: that of the directory.
+      api_key: that requests must bear; None: none.
+      log_texts: whether prompts stand in the log.
+    """
+
+    settings: Any
+    limits: ServeSettings
+    name: str
+    offers: Sequence[str] = ()
+    directory: Path = Path()
+    chat_template: str | None = None
+    api_key: str | None = None
+    log_texts: bool = False
+
+
+class Started(NamedTuple):
+    """A server that only has to listen."""
+
+    app: Starlette
+    batcher: Batcher
+    metrics: Metrics
+
+
+def start(run: Run, asked: Asked, log: Callable[[str], None] = print) -> Started:
+    """Compiles all that service needs, and starts the batcher; to be called in the loop that will serve.
+
+    Raises:
+      UserError: something of ``asked`` that this model cannot do.
+    """
+    limits, metrics, loop = asked.limits, Metrics(), asyncio.get_running_loop()
+    template = chat.load(asked.directory, asked.chat_template)
+    offers = Offers(run, asked.settings, asked.offers, limits)
+    lanes = []
+    for settings, words in zip(offers.settings, offers.described(), strict=True):
+        log(f"compiling for batches of {', '.join(map(str, limits.batch_sizes))}: {words}")
+        program = offers.engine.prepare(run.model, run.params, settings)
+        lanes.append(Lane(offers.engine, program, limits.batch_sizes, limits.prefixes))
+        lanes[-1].warm()
+
+    def deliver(updates: Updates) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(_hand_out, updates)
+
+    batcher = Batcher(lanes, limits.queue, deliver, metrics)
+    desk = Desk(asked.name, run.tokenizer, offers, limits, template)
+    facts = facts_of(run, offers, template is not None)
+    service = Service(desk, batcher, metrics, limits, facts, asked.api_key, asked.log_texts)
+    return Started(app.create(service), batcher, metrics)
+
+
+def _hand_out(updates: Updates) -> None:
+    for ticket, update in updates:
+        if not ticket.cancelled:
+            ticket.sink(update)
+
+
+def facts_of(run: Run, offers: Offers, chats: bool) -> dict:
+    """What GET /v1/models tells of the model besides its name."""
+    base = offers.settings[0]
+    return {
+        "family": run.family.name,
+        "step": run.step,
+        "context": offers.context,
+        "max_tokens": offers.max_tokens,
+        "unit": offers.engine.unit(run.model, base),
+        "batching": "whole batches" if run.family.engine is None else "continuous",
+        "infills": offers.engine.fills(base),
+        "log_probs": offers.engine.log_probs,
+        "chat": chats,
+        "defaults": {k: v for k, v in dataclasses.asdict(base).items() if isinstance(v, (int, float, str, bool))},
+        "offers": offers.described(),
+    }
