@@ -1,14 +1,11 @@
 """The family "autoregressive": a LLaMA-style decoder, trained by next-token prediction in one stage (SPEC 7)."""
 
 import dataclasses
-from collections.abc import Callable
-
-import jax.numpy as jnp
 
 from cola_jax import config as configs
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.families import token_models
-from cola_jax.families.interface import Engine, Family, Scores, Stage
+from cola_jax.families.interface import Engine, Family, Scores, Stage, make_init
 from cola_jax.fields import like
 from cola_jax.likelihood import exact
 from cola_jax.likelihood.row_scorer import RowScorer
@@ -21,7 +18,7 @@ from cola_jax.objectives.next_token import NextTokenConfig
 from cola_jax.sampling import autoregressive as sampling
 from cola_jax.sampling import token_engine
 from cola_jax.sampling.choose import Choice
-from cola_jax.types import Key, Params, PyTree
+from cola_jax.types import Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +43,6 @@ class ScoreSettings:
 def make_model(config: AutoregressiveConfig) -> Autoregressive:
     """The network of a resolved config."""
     return models.create(config.transformer, config.train.compute_dtype)
-
-
-def make_init(model: Autoregressive, config: AutoregressiveConfig) -> Callable[[Key], PyTree]:
-    """A function from a key to the variables."""
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return lambda key: model.init(key, tokens)
 
 
 def make_stages(model: Autoregressive | None, config: AutoregressiveConfig) -> tuple[Stage]:

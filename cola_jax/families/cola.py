@@ -6,7 +6,7 @@ All that the trainer and the binaries know of "vae" and "dit" is here.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from cola_jax import config as configs
 from cola_jax import likelihood, sampling
 from cola_jax.config import Config, DataConfig, OptimizerConfig
 from cola_jax.families import strategies
-from cola_jax.families.interface import Engine, Family, Group, Scores, Stage, TermsFn
+from cola_jax.families.interface import Engine, Family, Group, Scores, Stage, TermsFn, make_init
 from cola_jax.fields import like, require, setting
 from cola_jax.likelihood import estimators, requests
 from cola_jax.models import cola, dit_config, text_vae
@@ -30,7 +30,7 @@ from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.sampling import block_engine
 from cola_jax.sampling.choose import Choice
 from cola_jax.sampling.settings import check_churn
-from cola_jax.types import Key, Params, PyTree
+from cola_jax.types import Key, Params
 
 _RELEASED_CONTEXT = 512  # tokens that the released model was trained on
 
@@ -155,12 +155,6 @@ def released_config(model: ColaDLM, eos_id: int = -1, pad_id: int = -1) -> ColaC
 def make_model(config: ColaConfig) -> ColaDLM:
     """The networks of a resolved config."""
     return cola.create(config.vae, config.dit, config.train.compute_dtype)
-
-
-def make_init(model: ColaDLM, config: ColaConfig) -> Callable[[Key], PyTree]:
-    """A function from a key to the variables of both networks."""
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return lambda key: model.init(key, tokens)
 
 
 def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cola_jax.config import Config, OptimizerConfig
@@ -166,6 +167,12 @@ class Family(NamedTuple):
     edit: Callable[..., Any] | None = None
     reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     engine: Engine | None = None
+
+
+def make_init(model: Any, config: Config) -> Callable[[Key], PyTree]:
+    """A function from a key to the variables of a model that is called with rows of tokens."""
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    return lambda key: model.init(key, tokens)
 
 
 def first_steps(stages: Sequence[Stage]) -> list[int]:

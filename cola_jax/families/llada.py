@@ -1,14 +1,11 @@
 """The family "llada": masked diffusion of tokens by a bidirectional transformer, in one stage (SPEC 7, 11.13-11.16)."""
 
 import dataclasses
-from collections.abc import Callable
-
-import jax.numpy as jnp
 
 from cola_jax import config as configs
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.families import token_models
-from cola_jax.families.interface import Family, Scores, Stage
+from cola_jax.families.interface import Family, Scores, Stage, make_init
 from cola_jax.fields import like
 from cola_jax.likelihood import masked
 from cola_jax.likelihood.row_scorer import RowScorer
@@ -19,7 +16,7 @@ from cola_jax.models.transformer import TransformerConfig
 from cola_jax.objectives import masked_diffusion
 from cola_jax.objectives.masked_diffusion import MaskedDiffusionConfig
 from cola_jax.sampling import llada as sampling
-from cola_jax.types import Key, Params, PyTree
+from cola_jax.types import Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +43,6 @@ class LLaDAConfig(Config):
 def make_model(config: LLaDAConfig) -> LLaDA:
     """The network of a resolved config."""
     return models.create(config.transformer, config.train.compute_dtype)
-
-
-def make_init(model: LLaDA, config: LLaDAConfig) -> Callable[[Key], PyTree]:
-    """A function from a key to the variables."""
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return lambda key: model.init(key, tokens)
 
 
 def make_stages(model: LLaDA | None, config: LLaDAConfig) -> tuple[Stage]:

@@ -2,14 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-
-import jax.numpy as jnp
 
 from cola_jax import likelihood, sampling
 from cola_jax.config import Config, OptimizerConfig
 from cola_jax.families import cola
-from cola_jax.families.interface import Family, Group, Stage
+from cola_jax.families.interface import Family, Group, Stage, make_init
 from cola_jax.fields import like, require
 from cola_jax.likelihood import estimators, requests
 from cola_jax.models import dit_config
@@ -18,7 +15,6 @@ from cola_jax.models.dit_config import DiTConfig
 from cola_jax.models.plaid import Plaid
 from cola_jax.objectives import plaid as objective
 from cola_jax.objectives.plaid import PlaidStageConfig
-from cola_jax.types import Key, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +58,6 @@ def resolve(config: PlaidConfig, vocab_size: int) -> PlaidConfig:
 def make_model(config: PlaidConfig) -> Plaid:
     """The network of a resolved config."""
     return models.create(config.dit, config.train.compute_dtype)
-
-
-def make_init(model: Plaid, config: PlaidConfig) -> Callable[[Key], PyTree]:
-    """A function from a key to the variables."""
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return lambda key: model.init(key, tokens)
 
 
 def make_stages(model: Plaid | None, config: PlaidConfig) -> tuple[Stage]:
