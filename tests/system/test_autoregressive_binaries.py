@@ -51,16 +51,6 @@ def test_a_killed_run_ends_like_one_that_was_not(run, cache, tmp_path):
     assert bodies[0]["hashes"] == bodies[1]["hashes"] and bodies[0]["data"] == bodies[1]["data"]
 
 
-def test_a_mesh_gives_the_same_losses(run, cache, tmp_path):
-    mesh = [f"--config.train.mesh_{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    quiet = ["--config.train.num_samples=0", "--config.optimizer1.ema=0.0"]
-    found = []
-    for name, options, devices in (("one", [], 1), ("eight", mesh, 8)):
-        call(cache, "train.py", CONFIG, f"--workdir={tmp_path / name}", *quiet, *options, devices=devices)
-        found.append([row["loss"] for row in rows(tmp_path / name)])
-    assert len(found[0]) > 10 and found[0] == pytest.approx(found[1], rel=1e-5)
-
-
 def test_sampling_and_streaming(run, cache):
     arguments = (f"--checkpoint={run[0]}", "Mia was", "--max_new_tokens=6", "--temperature=0.7")
     whole = call(cache, "sample.py", *arguments)
