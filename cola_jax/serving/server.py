@@ -30,18 +30,24 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
       UserError: the address cannot be had.
     """
+    # Raised outside of the handlers: an error with a cause outside of the program would ask for another start.
+    wrong = ""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise UserError(f"--host = {host}: must be a name or an address of this machine ({error.strerror})") from error
+        wrong = f"--host = {host}: must be a name or an address of this machine ({error.strerror})"
+    if wrong:
+        raise UserError(wrong)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
     except OSError as error:
         found.close()
         where = f"--port = {port}: cannot be had on {host} ({error.strerror})"
-        raise UserError(f"{where}; must be a free port of this machine, 0 takes any") from error
+        wrong = f"{where}; must be a free port of this machine, 0 takes any"
+    if wrong:
+        raise UserError(wrong)
     return found
 
 

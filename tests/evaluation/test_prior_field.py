@@ -60,8 +60,7 @@ class Gaussian(ColaDLM):
 
 def run_of(path="linear", offset=0.0):
     model = Gaussian(VAEConfig(latent_dim=2), DiTConfig(latent_dim=2, block_size=BLOCK), path=path, offset=offset)
-    config = SimpleNamespace(stage2=SimpleNamespace(path=path))
-    return SimpleNamespace(model=model, params={"params": {"dit": {}}}, config=config)
+    return SimpleNamespace(model=model, params={"params": {"dit": {}}}, settings=SimpleNamespace(path=path))
 
 
 def sample_of(count, mean=MEAN, deviation=DEVIATION):
