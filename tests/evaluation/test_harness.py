@@ -150,7 +150,7 @@ def test_lm_eval_finds_the_model_by_the_entry_point():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["tiny", "tiny_ar"])
+@pytest.mark.parametrize("config", ["tiny_ar"])  # "tiny" passes, too, and compiles for three minutes
 def test_three_tasks_by_the_command_line(config, tmp_path):
     """Of lm_eval's own form, on local data, whole and with the answers of a run before."""
     run, names = tmp_path / "run", ("cola_jax_choice", "cola_jax_rolling", "cola_jax_write")
@@ -188,4 +188,5 @@ def test_a_missing_checkpoint_is_one_line(tmp_path):
     command = [sys.executable, ROOT / "launch" / "harness.py", "--model", "cola_jax", "--tasks", "cola_jax_choice"]
     command += ["--include_path", "tests/evaluation/harness_tasks", "--model_args", f"checkpoint={tmp_path / 'none'}"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment.process(1), capture_output=True, text=True)
-    assert done.returncode == 2 and "error: --model_args checkpoint" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'none'}: no checkpoint here; it must be")
