@@ -111,7 +111,7 @@ FAMILY = Family(
         rename=token_engine.rename,
         advance=token_engine.advance,
         own=Choice._fields,
-        widths=token_engine.widths,
+        chunk=lambda program: program.chunk,
         log_probs=token_engine.LIKELIEST,
     ),
 )

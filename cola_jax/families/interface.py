@@ -94,25 +94,27 @@ class Engine(NamedTuple):
       unit: (model, settings) -> what is generated between two boundaries, in tokens.
       prepare: (model, params, settings) -> program, for sequences of at most ``settings.context`` tokens, of which at
         most ``settings.max_new_tokens`` are new.
-      start: (program, jobs) -> state of these sequences at their beginning.
+      start: (program, jobs) -> state of these sequences at their beginning. Where ``chunk`` is not 0, also (program,
+        jobs, state, n), with the state at its beginning of sequences whose prompts have the first n tokens in common
+        with those of the jobs: they are not read again.
       rename: (program, state at its beginning, jobs with the same `Job.known`) -> state of those jobs, or None.
       advance: (program, state, more) -> (state, `Progress`, estimates [steps, B, unit] or None): one unit further.
         Estimates and log-probabilities are there only if some sequence wants ``more`` than tokens.
       own: settings that each sequence has for itself, those of `Choice`; all others are the program's.
       fills: settings -> whether jobs may have a suffix.
-      widths: program -> for each program of ``start``, the longest prompt that it reads, ascending; a batch that is
-        started has prompts of one of them only.
+      chunk: program -> tokens of a prompt that are read at a time; beginnings are shared by whole chunks. 0: a prompt
+        is read as a whole, and beginnings are shared by equal jobs only.
       log_probs: of how many most likely tokens log-probabilities are told; 0: the family has none for each token.
     """
 
     unit: Callable[[Any, Any], int]
     prepare: Callable[[Any, Params, Any], Any]
-    start: Callable[[Any, Sequence[Any]], PyTree]
+    start: Callable[..., PyTree]
     rename: Callable[[Any, PyTree, Sequence[Any]], PyTree | None]
     advance: Callable[[Any, PyTree, bool], tuple[PyTree, Any, Any]]
     own: tuple[str, ...]
     fills: Callable[[Any], bool] = lambda settings: False
-    widths: Callable[[Any], Sequence[int]] = lambda program: (0,)
+    chunk: Callable[[Any], int] = lambda program: 0
     log_probs: int = 0
 
 

@@ -52,13 +52,11 @@ class Settings:
 class Plan(NamedTuple):
     """What a program is compiled for.
 
-    ``capacity`` is how many tokens prompt and output have together, None: the prompts' width and the budget;
-    ``likeliest``, of how many most likely tokens log-probabilities are kept for each new one, None: of none at all.
+    ``likeliest`` is of how many most likely tokens log-probabilities are kept for each new one, None: of none at all.
     """
 
     model: Autoregressive
     settings: Settings
-    capacity: int | None = None
     likeliest: int | None = None
 
 
@@ -91,21 +89,18 @@ class State(NamedTuple):
     log_probs: LogProbs | None = None
 
 
-def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
-    """The prompts in the cache, but for their last tokens, which the first new position reads."""
-    (batch, width), vocabulary = prompts.tokens.shape, plan.model.config.vocab_size
+def begin(plan: Plan, cache: tuple, prompts: Prompts, keys: Key) -> State:
+    """The state of sequences whose prompts are in the cache, but for their last tokens: the next place reads those."""
+    batch, vocabulary = prompts.lengths.shape[0], plan.model.config.vocab_size
     room, kept = plan.settings.max_new_tokens, plan.likeliest
-    space = room if plan.capacity is None else plan.capacity - width
     log_probs = None
     if kept is not None:
         found = (jnp.zeros((batch, room, kept), dtype) for dtype in (jnp.int32, jnp.float32))
         log_probs = LogProbs(jnp.zeros((batch, room)), *found)
-    real = (jnp.arange(width)[None] < prompts.lengths[:, None]).astype(jnp.int32)
-    cache = plan.model.apply(params, prompts.tokens, real, method="prefill")
     last = jnp.take_along_axis(prompts.tokens, jnp.maximum(prompts.lengths - 1, 0)[:, None], axis=1)[:, 0]
     return State(
         keys=keys,
-        cache=caches.grow(cache, space),
+        cache=cache,
         position=prompts.lengths,
         before=jnp.where(prompts.lengths > 0, last, vocabulary),
         tokens=jnp.zeros((batch, room), jnp.int32),
@@ -115,6 +110,13 @@ def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
         budget=jnp.full(batch, room, jnp.int32),
         log_probs=log_probs,
     )
+
+
+def _start(plan: Plan, params: Params, prompts: Prompts, keys: Key) -> State:
+    """The sequences at their beginning: the prompts are read, and the cache has room for what follows."""
+    real = (jnp.arange(prompts.tokens.shape[1])[None] < prompts.lengths[:, None]).astype(jnp.int32)
+    cache = plan.model.apply(params, prompts.tokens, real, method="prefill")
+    return begin(plan, caches.grow(cache, plan.settings.max_new_tokens), prompts, keys)
 
 
 def _noted(noted: LogProbs, logits, token, rows, place) -> LogProbs:

@@ -1,6 +1,5 @@
 """The sampler's caches: keys and values of finished positions, as values that go in and come out."""
 
-import functools
 from typing import Any
 
 import jax
@@ -17,9 +16,16 @@ def commit(cache: Cache, new, start: Array) -> Cache:
     """The cache with ``new`` [..., B, n, H, C] in it, from each sequence's own position ``start`` [B] on."""
 
     def leaf(c, n):
-        axis = c.ndim - 4
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-        return jax.vmap(lambda c, n, s: update(c, n, s), in_axes=(axis, axis, 0), out_axes=axis)(c, n, start)
+        # One scatter whose batch stays in its place; vmap would move it to the front, and so copy the cache.
+        batch = c.ndim - 4
+        dims = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(axis for axis in range(c.ndim) if axis != batch),
+            inserted_window_dims=(),
+            scatter_dims_to_operand_dims=(batch + 1,),
+            operand_batching_dims=(batch,),
+            scatter_indices_batching_dims=(0,),
+        )
+        return jax.lax.scatter(c, start[:, None], n, dims, unique_indices=True, mode="clip")
 
     return constrain(jax.tree.map(leaf, cache, new))
 

@@ -10,42 +10,69 @@ import numpy as np
 
 from cola_jax.models.autoregressive import Autoregressive
 from cola_jax.sampling import autoregressive as sampling
+from cola_jax.sampling import cache as caches
 from cola_jax.sampling import jobs, token_rows
 from cola_jax.sampling.autoregressive import Plan, Settings, State
 from cola_jax.sampling.choose import Choice
 from cola_jax.sampling.jobs import Job, Progress
 from cola_jax.types import Key, Params
 
-UNIT = 4  # tokens that are generated between two boundaries at which sequences come and go
+UNIT = 8  # tokens that are generated between two boundaries at which sequences come and go
 LIKELIEST = 5  # tokens of which log-probabilities are kept, at each place
 
 
 class Program(NamedTuple):
-    """What `prepare` makes."""
+    """What `prepare` makes: a plan, the weights, and the tokens of a prompt that are read at a time."""
 
     plan: Plan
     params: Params
+    chunk: int
 
 
 def prepare(model: Autoregressive, params: Params, settings: Settings) -> Program:
     """A program for sequences of at most ``settings.context`` tokens, ``settings.max_new_tokens`` of them new."""
     settings.validate()
-    return Program(Plan(model, settings, settings.context, min(LIKELIEST, model.config.vocab_size)), params)
+    chunks = min(max(settings.context // 16, 1), 8)
+    plan = Plan(model, settings, min(LIKELIEST, model.config.vocab_size))
+    return Program(plan, params, -(-settings.context // chunks))
 
 
-def widths(program: Program) -> tuple[int, ...]:
-    """Of the rows in which prompts are read: most are short, and reading a whole context costs like a whole answer."""
-    context = program.plan.settings.context
-    short = max(16, context // 8)
-    return (short, context) if short < context else (context,)
+def start(program: Program, asked: Sequence[Job], earlier: State | None = None, shared: int = 0) -> State:
+    """The batch of these sequences, all at their beginning.
+
+    Prompts are read chunk by chunk, by one program: what a chunk puts into the cache depends on the tokens up to its
+    end, and on nothing else.
+
+    Args:
+      earlier: a batch at its beginning, each of whose prompts has its first ``shared`` tokens in common with that of
+        the job in its place: they are not read again.
+      shared: a multiple of the chunk.
+    """
+    plan, chunk = program.plan, program.chunk
+    prompts = [job.prompt for job in asked]
+    rows = token_rows.stack(prompts, chunk * -(-plan.settings.context // chunk))
+    cache = _empty(program, len(asked)) if earlier is None else earlier.cache
+    before = np.pad(rows.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=plan.model.config.vocab_size)
+    for begin in range(shared, max(map(len, prompts)), chunk):
+        cache = _read(plan, program.params, cache, before[:, begin : begin + chunk], np.int32(begin))
+    return _begin(plan, cache, rows, jobs.keys(asked), _budgets(asked), jobs.choices(asked))
 
 
-def start(program: Program, asked: Sequence[Job]) -> State:
-    """The batch of these sequences, all at their beginning."""
-    longest = max(len(job.prompt) for job in asked)
-    width = next(width for width in widths(program) if width >= longest)
-    rows = token_rows.stack([job.prompt for job in asked], width)
-    return _start(program.plan, program.params, rows, jobs.keys(asked), _budgets(asked), jobs.choices(asked))
+def _empty(program: Program, batch: int) -> tuple:
+    """A cache without anything in it, for whole chunks; bound to the device, as those of batches are."""
+    plan, chunk = program.plan, program.chunk
+    row = jax.ShapeDtypeStruct((batch, chunk * -(-plan.settings.context // chunk)), jnp.int32)
+    shapes = jax.eval_shape(functools.partial(plan.model.apply, method="prefill"), program.params, row, row)
+    return jax.device_put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), jax.devices()[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(plan: Plan, params: Params, cache: tuple, before, begin) -> tuple:
+    """The cache with the positions from ``begin`` on, each of which reads the token before it."""
+    positions = jnp.broadcast_to(begin + jnp.arange(before.shape[1]), before.shape)
+    earlier = jnp.arange(cache[0].shape[2])[None] < positions[:, :1]
+    _, new = plan.model.apply(params, before, positions, cache, earlier, method="extend")
+    return caches.commit(cache, new, positions[:, 0])
 
 
 def _budgets(asked: Sequence[Job]) -> np.ndarray:
@@ -53,8 +80,8 @@ def _budgets(asked: Sequence[Job]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start(plan: Plan, params: Params, rows: token_rows.Prompts, keys: Key, budget, choice: Choice) -> State:
-    return sampling.start(plan, params, rows, keys)._replace(budget=budget, choice=choice)
+def _begin(plan: Plan, cache: tuple, rows: token_rows.Prompts, keys: Key, budget, choice: Choice) -> State:
+    return sampling.begin(plan, cache, rows, keys)._replace(budget=budget, choice=choice)
 
 
 def rename(program: Program, state: State, asked: Sequence[Job]) -> State:

@@ -11,7 +11,7 @@ from cola_jax.families.interface import Engine
 from cola_jax.sampling import places
 from cola_jax.sampling.choose import Choice
 from cola_jax.sampling.jobs import Job
-from cola_jax.serving.prefixes import Prefixes
+from cola_jax.serving.prefixes import Beginning, Prefixes
 from cola_jax.types import PyTree
 
 
@@ -65,7 +65,8 @@ class Lane:
         """
         self._engine, self._program, self._sizes = engine, program, tuple(sizes)
         self._renames = False  # until `warm` knows
-        self.prefixes = Prefixes(prefixes)
+        self._chunk = engine.chunk(program)
+        self.prefixes = Prefixes(prefixes, self._chunk)
         self._state: PyTree | None = None
         self._tickets: list[Ticket | None] = []
 
@@ -86,15 +87,16 @@ class Lane:
 
     def warm(self) -> None:
         """Compiles all that service will need: every size, and every way from one to another."""
-        jobs = [Job((0,) * length, 1, Choice()) for length in self._engine.widths(self._program)]
+        job = Job((0,), 1, Choice())
         for size in self._sizes:
-            for job in jobs:
-                started = {count: _committed(self._engine.start(self._program, [job] * count)) for count in self._sizes}
+            started = {count: _committed(self._engine.start(self._program, [job] * count)) for count in self._sizes}
             self._renames = self._engine.rename(self._program, started[size], [job] * size) is not None
             for count in self._sizes:
                 state = places.select(started[count], np.zeros(size, np.int32))
                 if count <= size:
                     state = places.insert(state, started[count], np.full(count, size, np.int32))
+            if self._chunk:
+                self._engine.start(self._program, [job] * size, state, 0)
             jax.block_until_ready(self._engine.advance(self._program, state, False)[0])
 
     def clear(self) -> list[Ticket]:
@@ -112,7 +114,7 @@ class Lane:
         if not count:
             self.clear()
             return
-        beginnings = [each for tickets in self._by_width(new) for each in self._begin(tickets)]
+        beginnings = self._begin(new) if new else []
         self._resize(self._fitting(count), beginnings)
         for tickets, state in beginnings:
             free = [row for row, ticket in enumerate(self._tickets) if ticket is None][: len(tickets)]
@@ -154,37 +156,42 @@ class Lane:
         self._state = places.select(state, np.array(rows + [0] * (size - len(rows)), np.int32))
         self._tickets = [self._tickets[row] for row in rows] + [None] * (size - len(rows))
 
-    def _by_width(self, tickets: list[Ticket]) -> list[list[Ticket]]:
-        """Sequences grouped by the program that reads their prompts: which one it is depends on a prompt alone."""
-        widths, groups = self._engine.widths(self._program), {}
-        for ticket in tickets:
-            fitting = [width for width in widths if width >= len(ticket.job.prompt)]
-            groups.setdefault(min(fitting, default=widths[-1]), []).append(ticket)
-        return list(groups.values())
-
     def _begin(self, tickets: list[Ticket]) -> list[tuple[list[Ticket], PyTree]]:
         """Groups of sequences with batches, of a fitting size, in whose first rows they are at their beginnings."""
         if not self._renames:
             return [(tickets, self._started(tickets))]
-        found, unknown = [], {}
+        alike: dict[tuple, list[Ticket]] = {}
         for ticket in tickets:
-            beginning = self.prefixes.get(ticket.job.known)
-            if beginning is None:
-                unknown.setdefault(ticket.job.known, []).append(ticket)
-            else:
-                found.append(([ticket], self._renamed(beginning.state, [beginning.row], [ticket])))
-        if not unknown:
-            return found
-        state = self._started([group[0] for group in unknown.values()])
-        self.prefixes.put(list(unknown), state, self._fitting(len(unknown)))
-        new = sum(unknown.values(), [])
-        if len(new) > len(unknown):  # some begin alike
-            state = self._renamed(state, [row for row, group in enumerate(unknown.values()) for _ in group], new)
-        return [*found, (new, state)]
+            alike.setdefault(ticket.job.known, []).append(ticket)
+        groups: dict[tuple, list[tuple[Beginning | None, list[Ticket]]]] = {}
+        for same in alike.values():
+            earlier, shared = self.prefixes.find(same[0].job)
+            groups.setdefault((id(earlier and earlier.state), shared), []).append((earlier, same))
+        return [self._begin_group(shared, *zip(*members, strict=True)) for (_, shared), members in groups.items()]
 
-    def _started(self, tickets: list[Ticket]) -> PyTree:
-        jobs = [ticket.job for ticket in tickets]
-        return _committed(self._engine.start(self._program, _filled(jobs, self._fitting(len(jobs)))))
+    def _begin_group(
+        self, shared: int | None, earlier: Sequence[Beginning | None], alike: Sequence[list[Ticket]]
+    ) -> tuple[list[Ticket], PyTree]:
+        """Sequences that share so many tokens with beginnings of one batch; None: these are their own."""
+        tickets = sum(alike, [])
+        if shared is None:
+            state, rows = earlier[0].state, [beginning.row for beginning in earlier]
+        else:
+            firsts, rows = [same[0] for same in alike], range(len(alike))
+            state = self._started(firsts, earlier if shared else (), shared)
+            self.prefixes.put([ticket.job for ticket in firsts], state, self._fitting(len(firsts)))
+            if len(tickets) == len(firsts):
+                return tickets, state
+        rows = [row for row, same in zip(rows, alike, strict=True) for _ in same]
+        return tickets, self._renamed(state, rows, tickets)
+
+    def _started(self, tickets: list[Ticket], earlier: Sequence[Beginning] = (), shared: int = 0) -> PyTree:
+        size = self._fitting(len(tickets))
+        jobs = _filled([ticket.job for ticket in tickets], size)
+        if not earlier:
+            return _committed(self._engine.start(self._program, jobs))
+        rows = np.array(_filled([beginning.row for beginning in earlier], size), np.int32)
+        return _committed(self._engine.start(self._program, jobs, places.select(earlier[0].state, rows), shared))
 
     def _renamed(self, state: PyTree, rows: list[int], tickets: list[Ticket]) -> PyTree:
         """The rows of a batch at its beginning as those of these sequences."""

@@ -11,6 +11,7 @@ from serving import served
 
 from cola_jax import rng, sampling
 from cola_jax.sampling import jobs as batches
+from cola_jax.sampling import token_engine
 from cola_jax.sampling.choose import Choice, choice_of
 from cola_jax.sampling.jobs import Job
 from cola_jax.serving import whole
@@ -186,7 +187,7 @@ def test_the_beginning_of_a_prompt_is_computed_once(name, monkeypatch):
     lane = lane_of(name)
     started = []
     start = lane._engine.start
-    counting = lane._engine._replace(start=lambda p, j: started.append(len(j)) or start(p, j))
+    counting = lane._engine._replace(start=lambda p, j, *more: started.append(len(j)) or start(p, j, *more))
     monkeypatch.setattr(lane, "_engine", counting)
     prompt = [8, 8, 3]
     together = [Reader(job(name, prompt, sample=index)) for index in range(3)]
@@ -200,6 +201,38 @@ def test_the_beginning_of_a_prompt_is_computed_once(name, monkeypatch):
     for reader in together:
         assert reader.tokens == alone(name, tuple(prompt), 5, reader.ticket.job.sample, 12)
     assert later.tokens == alone(name, tuple(prompt), 11, 4, 9)
+
+
+def test_a_prompt_is_read_from_the_first_chunk_on_that_no_earlier_one_had(monkeypatch):
+    lane, fresh = (lane_of("autoregressive", count, context=64) for count in (8, 0))
+    read = []
+    chunks = token_engine._read
+    monkeypatch.setattr(token_engine, "_read", lambda *arguments: read.append(arguments[4]) or chunks(*arguments))
+    head = [6, 7] * 8  # one chunk
+    prompts = [head + [1, 2, 3], head + [4, 5], head, head[:-1] + [9, 1, 2], head + [1, 2, 3, 4]]
+    prompts += [[1] * 16 + head + [5], [1] * 16 + head + [7]]  # the same chunk elsewhere is another
+    expected = [[0, 16], [16], [], [0, 16], [16], [0, 16, 32], [32]]
+    for prompt, begins in zip(prompts, expected, strict=True):
+        found = {}
+        for name, each in (("shared", lane), ("fresh", fresh)):
+            read.clear()
+            reader = Reader(job("autoregressive", prompt, budget=6), more=True)
+            each.admit([reader.ticket])
+            begun = list(read)
+            finish(each)
+            found[name] = (begun, reader.tokens, [update.log_probs.chosen.tolist() for update in reader.updates])
+        assert found["shared"][0] == begins and len(found["fresh"][0]) == -(-len(prompt) // 16)
+        assert found["shared"][1:] == found["fresh"][1:]  # to the last bit
+    together = [Reader(job("autoregressive", head + [n], sample=n, budget=6)) for n in (1, 1, 8)]
+    read.clear()
+    lane.admit([reader.ticket for reader in together])
+    assert read == [16]
+    finish(lane)
+    for reader in together:
+        other = Reader(reader.ticket.job)
+        fresh.admit([other.ticket])
+        finish(fresh)
+        assert reader.tokens == other.tokens
 
 
 def test_estimates_settle_on_the_block():
