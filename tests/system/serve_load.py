@@ -1,6 +1,7 @@
 """A server under load, as docs/serving.md reports it: many clients, some of which vanish; malformed requests; speed.
 
     python tests/system/serve_load.py --checkpoint=runs/quickstart --clients=64 --seconds=300 --batch=1,8,64
+    python tests/system/serve_load.py --checkpoint=runs/quickstart --clients=1,2,4,8,16,32,64 --seconds=30 --vanish=0
     python tests/system/serve_load.py --checkpoint=runs/quickstart --malformed=1000
     python tests/system/serve_load.py --checkpoint=runs/quickstart --throughput --batch=16
 
@@ -25,8 +26,8 @@ from absl import app, flags
 
 ROOT = Path(__file__).parents[2]
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "of the model", required=True)
-_CLIENTS = flags.DEFINE_integer("clients", 64, "at a time")
-_SECONDS = flags.DEFINE_float("seconds", 300.0, "of load")
+_CLIENTS = flags.DEFINE_list("clients", ["64"], "at a time; several numbers: one load after another")
+_SECONDS = flags.DEFINE_float("seconds", 300.0, "of each load")
 _VANISH = flags.DEFINE_float("vanish", 0.2, "share of requests whose client goes away midway")
 _BATCH = flags.DEFINE_string("batch", "1,8,64", "--batch_sizes of the server")
 _DISTINCT = flags.DEFINE_integer("distinct", 48, "different requests; each is first made alone")
@@ -130,25 +131,28 @@ async def under_load(address: str, model: str, pid: int) -> bool:
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as http:
         alone = [(await http.post("/v1/completions", json=body)).json()["choices"][0]["text"] for body in asked]
         print(f"{len(asked)} requests alone: {len(set(alone))} different texts", flush=True)
-        compiled, tokens, begin = metric(address, "cola_compilations_total"), None, time.time()
-        load, sizes = Load(alone), []
-        until = begin + _SECONDS.value
-        tasks = [asyncio.create_task(load.client(http, asked, i, until)) for i in range(_CLIENTS.value)]
-        while not all(task.done() for task in tasks):
-            await asyncio.wait(tasks, timeout=max(1.0, _SECONDS.value / 20))
-            sizes.append(memory(pid))
-            tokens = tokens or (time.time(), await asyncio.to_thread(metric, address, "cola_generated_tokens_total"))
-        for task in tasks:
-            task.result()
-        seconds, now = time.time() - tokens[0], metric(address, "cola_generated_tokens_total")
+        return all([await loaded(http, address, asked, alone, int(count), pid) for count in _CLIENTS.value])
+
+
+async def loaded(http, address: str, asked: list[dict], alone: list[str], count: int, pid: int) -> bool:
+    """The load of so many clients, and whether all went well."""
+    compiled, tokens, begin = metric(address, "cola_compilations_total"), None, time.time()
+    load, sizes = Load(alone), []
+    tasks = [asyncio.create_task(load.client(http, asked, i, begin + _SECONDS.value)) for i in range(count)]
+    while not all(task.done() for task in tasks):
+        await asyncio.wait(tasks, timeout=max(1.0, _SECONDS.value / 20))
+        sizes.append(memory(pid))
+        tokens = tokens or (time.time(), await asyncio.to_thread(metric, address, "cola_generated_tokens_total"))
+    for task in tasks:
+        task.result()
+    seconds, now = time.time() - tokens[0], metric(address, "cola_generated_tokens_total")
     new = metric(address, "cola_compilations_total") - compiled
     first, whole = (np.percentile(times, [50, 95]) for times in (load.first, load.whole))
     print(
-        f"{_CLIENTS.value} clients, {time.time() - begin:.0f} s: {load.finished} answers, {load.wrong} wrong, "
+        f"{count} clients, {time.time() - begin:.0f} s: {load.finished} answers, {load.wrong} wrong, "
         f"{load.lost} lost, {load.vanished} clients vanished; first text p50 {first[0]:.2f} s, p95 {first[1]:.2f} s; "
         f"whole p50 {whole[0]:.2f} s, p95 {whole[1]:.2f} s; {(now - tokens[1]) / seconds:.1f} tokens/s; "
-        f"{new:.0f} compilations; "
-        f"memory MiB {' '.join(f'{size:.0f}' for size in sizes)}",
+        f"{new:.0f} compilations; memory MiB {' '.join(f'{size:.0f}' for size in sizes)}",
         flush=True,
     )
     return not (load.wrong or load.lost or new)
