@@ -11,6 +11,7 @@ import jax
 from cola_jax import paths
 from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
+from cola_jax.evaluation import structures
 from cola_jax.evaluation.stories import held_out_prompts
 from cola_jax.evaluation.tasks import answers, examples, matching, prompts, results
 from cola_jax.evaluation.tasks.answers import Asked, Way
@@ -93,10 +94,19 @@ def judge(asked: Asked, predictions: Sequence[Prediction], matcher: str, stories
         elif asked.task.match == "story":
             begin = one.fields["context"]
             right = stories is not None and stories.coherent_with_prompt(begin, begin + said.generated)
+        elif asked.task.match == "rule":
+            right = structures.RULES[asked.name].valid((one.fields["context"] + said.generated).strip())
         else:
             right = matching.correct(matcher, asked.task, one, said.generated)
         found.append(right)
     return found
+
+
+def _left_open(asked: Asked) -> list[int] | None:
+    """What each prompt of a rule leaves open."""
+    if asked.task.match != "rule":
+        return None
+    return [structures.RULES[asked.name].open(one.fields["context"]) for one in asked.examples]
 
 
 def _conclude(found: dict[str, dict], matcher: str, log: Log) -> dict:
@@ -134,7 +144,8 @@ def from_predictions(
         file = examples.file_of(place, asked.name, "--predictions")
         said = examples.predictions(file, asked.every, asked.examples)
         correct = judge(asked, said, matcher)
-        found[asked.name] = results.result(correct, [one.prompt_tokens for one in said], mod)
+        lengths = [one.prompt_tokens for one in said]
+        found[asked.name] = results.result(correct, lengths, mod, _left_open(asked))
     return _conclude(found, matcher, log)
 
 
@@ -166,7 +177,8 @@ def from_checkpoint(run: Run, asked: Sequence[Asked], way: Way, output: str, mat
         said = examples.predictions(file, one.examples, one.examples)
         truncated = {"dropped": sum(f.dropped > 0 for f in fitted), "cut": sum(f.cut > 0 for f in fitted)}
         correct = judge(one, said, matcher, stories)
-        found[one.name] = results.result(correct, [len(f.ids) for f in fitted], mod) | {"truncated": truncated}
+        lengths = [len(f.ids) for f in fitted]
+        found[one.name] = results.result(correct, lengths, mod, _left_open(one)) | {"truncated": truncated}
         found[one.name] |= one.facts | {"prompt_ids_sha256": prompts.hashed([f.ids for f in fitted])}
     last = _conclude(found, matcher if way.choice == "generation" else "likelihood", log)
     facts = {"checkpoint": way.checkpoint, "family": run.family.name, "choice": way.choice, "seed": way.seed}

@@ -99,7 +99,9 @@ def example(name: str, task: Task, value: dict, where: str, seen: dict[str, str]
     Raises:
       UserError: a field is missing or of a wrong type, an id is there twice, or the answer is no option.
     """
-    texts = {field: _text(value, field, where) for field in _TEXTS if value.get(field) is not None}
+    empty = ("",) if task.match == "rule" else ()  # from nothing
+    given = {field: value[field] for field in _TEXTS if value.get(field) is not None}
+    texts = {field: text if text in empty else _text(value, field, where) for field, text in given.items()}
     for _, wanted in task.lines:
         if not any(field in texts for field in wanted):
             raise UserError(f"{where}: no {' or '.join(wanted)}; an example of task {name!r} must have it")

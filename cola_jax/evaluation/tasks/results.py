@@ -15,23 +15,29 @@ def _share(correct: np.ndarray) -> dict:
     return {"accuracy": accuracy, "count": found.total, "correct": found.successes, "interval": interval}
 
 
-def result(correct: Sequence[bool], prompt_tokens: Sequence[int | None], mod: int) -> dict:
+def result(
+    correct: Sequence[bool], prompt_tokens: Sequence[int | None], mod: int, left_open: Sequence[int] | None = None
+) -> dict:
     """What is reported of a task.
 
     Args:
       correct: for each example.
       prompt_tokens: length of each prompt; None where it is not known.
       mod: 2 or more: the examples are also divided by ``prompt_tokens % mod``; else they are not.
+      left_open: of each example, what its prompt leaves open, by which they are divided, too.
 
     Returns:
       accuracy and its 95 % Wilson interval in percent, count, correct; with ``mod`` also prompt_mod: remainder -> the
-      same of these examples.
+      same of these examples; and so open.
     """
     hits = np.asarray(correct, bool)
     found = _share(hits)
     if mod > 1 and all(length is not None for length in prompt_tokens):
         rests = np.array(prompt_tokens, int) % mod
         found["prompt_mod"] = {str(rest): _share(hits[rests == rest]) for rest in range(mod)}
+    if left_open is not None:
+        counts = np.array(left_open, int)
+        found["open"] = {str(count): _share(hits[counts == count]) for count in np.unique(counts)}
     return found
 
 
@@ -58,6 +64,8 @@ def line(name: str, found: dict) -> str:
     text += f"  of {found['count']}"
     for rest, part in found.get("prompt_mod", {}).items():
         text += f"  Mod{rest} {_percent(part['accuracy'])} %" + (f" of {part['count']}" if "count" in part else "")
+    for count, part in found.get("open", {}).items():
+        text += f"\n  {count} open: {_percent(part['accuracy'])} % of {part['count']}"
     cut = found.get("truncated")
     if cut and (cut["dropped"] or cut["cut"]):
         text += f"  prompts without all demonstrations {cut['dropped']}, cut {cut['cut']}"

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cola_jax.evaluation import structures
 from cola_jax.types import UserError
 
-MATCHES = ("word", "equal", "option", "story")
+MATCHES = ("word", "equal", "option", "story", "rule")
 
 
 class Task(NamedTuple):
@@ -14,7 +15,8 @@ class Task(NamedTuple):
     Attributes:
       lines: (label, fields): each line of a prompt has those of the fields that an example gives, and needs one.
       match: how released code judges: "word" (the first word), "equal" (the whole answer), "option" (the option that
-        is meant), "story" (a whole story of the embedded corpus).
+        is meant), "story" (a whole story of the embedded corpus), "rule" (prompt and answer together obey the rule of
+        the task's name, see `structures`; a prompt may be empty).
       choices: whether an example has options to choose from.
       shots: demonstrations before the example.
       anchor: last line of a prompt, behind which the answer stands; "": the answer continues the text.
@@ -62,6 +64,9 @@ TASKS: dict[str, Task] = {
     "race": Task((("Article:", _BOTH),), "option", options="Options:"),
     "story_cloze": Task((("Story:", _BOTH),), "equal", anchor="End:"),
     "stories": Task((("", ("context",)),), "story", choices=False, shots=0, anchor="", new_tokens=0),
+    **dict.fromkeys(
+        structures.RULES, Task((("", ("context",)),), "rule", choices=False, shots=0, anchor="", new_tokens=0)
+    ),
 }
 
 
