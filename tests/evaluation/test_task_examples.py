@@ -45,7 +45,7 @@ def test_templates_of_the_eight_tasks():
         "Article: C. Q?\nOptions:\n(A) x\n(B) y\nAnswer:"
     )
     assert only("story_cloze", {"context": "C.", **two}) == "Story: C.\n(A) x\n(B) y\nEnd:"
-    shots = {name: task.shots for name, task in TASKS.items()}
+    shots = {name: task.shots for name, task in TASKS.items() if task.match != "rule"}
     assert shots == {"lambada": 0, "squad": 1, "stories": 0} | dict.fromkeys(
         ("mmlu", "siqa", "obqa", "hellaswag", "race", "story_cloze"), 2
     )
@@ -167,6 +167,24 @@ def test_predictions_that_do_not_fit_the_examples_are_told(tmp_path, said, words
 
 def test_stories_are_not_judged_without_their_run(tmp_path):
     assert "needs --checkpoint" in message(judged, tmp_path, SAID, 0, ("stories",))
+
+
+def test_texts_under_a_rule_are_judged_whole_and_divided_by_what_their_prompts_leave_open(tmp_path):
+    begun = [("", "(a a) (b b)"), ("(a (b", " b) a)"), ("(a (b", " a) b)"), ("(c", " c)"), ("(c", " c) (d")]
+    rows = [{"id": i, "context": prompt, "answer": "x"} for i, (prompt, _) in enumerate(begun)]
+    write(tmp_path / "dyck.jsonl", *rows)
+    said = write(tmp_path / "said", *({"id": i, "generated": rest} for i, (_, rest) in enumerate(begun)))
+    told: list[str] = []
+    asked = Selection(str(tmp_path / "dyck.jsonl"))
+    found = evaluate.from_predictions(get(["dyck"]), asked, str(said), "released", 0, told.append)
+    assert {left: (one["correct"], one["count"]) for left, one in found["open"].items()} == {
+        "0": (1, 1),
+        "1": (1, 2),
+        "2": (1, 2),
+    }
+    assert "\n  2 open: 50.00 % of 2" in told[0]
+    assert "context = ''; must be text" in message(only, "lambada", {"context": "", "answer": "x"})
+    assert "context = 3; must be text" in message(only, "dyck", {"context": 3, "answer": "x"})
 
 
 def test_accuracies_are_divided_by_prompt_length_and_averaged():

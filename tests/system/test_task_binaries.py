@@ -42,6 +42,20 @@ def test_predictions_are_judged_without_a_checkpoint(cache, data, tmp_path):
     assert "--task = nonsense" in call(cache, "evaluate.py", "--task=nonsense", status=2)
 
 
+def test_a_corpus_under_a_rule_and_its_prompts_are_written_and_judged(cache, tmp_path):
+    arguments = ("--rule=reverse", f"--output={tmp_path}", "--documents=50", "--prompts=20", "--empty=4")
+    assert "50 documents, 24 prompts, 4 of them empty" in call(cache, "structures.py", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "reverse.jsonl").read_text().splitlines()]
+    known = (tmp_path / "reverse.txt").read_text().splitlines()
+    assert len(known) == 50 and not {row["context"] + row["answer"] for row in rows[4:]} & set(known)
+    said = tmp_path / "said.jsonl"
+    said.write_text("".join(json.dumps({"id": row["id"], "generated": row["answer"]}) + "\n" for row in rows))
+    found = call(cache, "evaluate.py", "--task=reverse", f"--data={tmp_path}", f"--predictions={said}")
+    assert last(found)["accuracy"] == 100.0 and last(found)["open"]["0"]["count"] == 4
+    assert "--rule = html: must be one of" in call(cache, "structures.py", "--rule=html", "--output=x", status=2)
+    assert "--rule is missing" in call(cache, "structures.py", status=2)
+
+
 def test_a_killed_evaluation_ends_like_one_that_was_not(cache, data, tmp_path):
     run = tmp_path / "run"
     call(cache, "train.py", "--config=tests/system/tiny_ar.py", f"--workdir={run}")
