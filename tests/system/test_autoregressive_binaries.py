@@ -94,6 +94,7 @@ def test_evaluation_and_speed(run, cache, tmp_path):
         ("train.py", [CONFIG, "--config.family=nonsense"], "config.family = 'nonsense': must be one of"),
         ("train.py", [CONFIG, "--config.family=cola"], "config.transformer: belongs to family 'autoregressive'"),
         ("train.py", [CONFIG, "--config.vae.dim=8"], "no such field"),
+        ("train.py", [CONFIG, "--config.sample.max_new_tokens=57"], "must be at most data.sequence_length = 56"),
         ("train.py", [CONFIG, "--config.train.init_from={run}"], "choose another --workdir"),
         (
             "train.py",
