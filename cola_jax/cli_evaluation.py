@@ -20,7 +20,7 @@ class TaskFlags:
 
     def __init__(self):
         self._task = flags.DEFINE_list("task", None, f"tasks, with commas between: {', '.join(task.TASKS)}")
-        self._data = flags.DEFINE_string("data", None, "their examples: JSON lines, or a directory with TASK.jsonl")
+        self._data = flags.DEFINE_string("data", None, "examples: JSON lines, a directory with TASK.jsonl, or tfds")
         self._predictions = flags.DEFINE_string("predictions", None, "judge these; no checkpoint (as --data)")
         self._output = flags.DEFINE_string("output", None, "directory of answers and results; repeated, it goes on")
         self._matcher = flags.DEFINE_enum("matcher", "released", matching.MATCHERS, "who is right: docs/tasks.md")

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,12 +42,12 @@ class Records:
             raise UserError(f"{self._name}: record {index} is not UTF-8 ({error.reason}); must be text") from error
 
 
-def open_source(name: str, field: str, split: str, data_dir: str | None, asked: str):
+def open_source(name: str, fields: Sequence[str], split: str, data_dir: str | None, asked: str):
     """The examples of a data set, by index, and its full name; it is downloaded and prepared if it is not here.
 
     Args:
       name: NAME, NAME/CONFIG or NAME:VERSION.
-      field: the feature that is decoded; the others are left as they are stored.
+      fields: the features that are decoded; the others are left as they are stored.
       split: as TFDS understands it.
       data_dir: None: TFDS's own.
       asked: flags or fields that asked for it, with their values, for errors.
@@ -59,17 +60,21 @@ def open_source(name: str, field: str, split: str, data_dir: str | None, asked: 
 
         builder = tfds.builder(name, data_dir=data_dir)
         features = builder.info.features
-        if not isinstance(features, dict | tfds.features.FeaturesDict) or field not in features:
-            has = ", ".join(map(repr, sorted(features))) if features else "none that are named"
-            raise UserError(f"{asked}: no feature {field!r}; it has {has}")
+        named = isinstance(features, dict | tfds.features.FeaturesDict)
+        for field in fields:
+            if not named or field not in features:
+                has = ", ".join(map(repr, sorted(features))) if features else "none that are named"
+                raise UserError(f"{asked}: no feature {field!r}; it has {has}")
         if not builder.data_path.exists():
             builder.download_and_prepare(file_format="array_record")
-        decoders = {name: tfds.decode.SkipDecoding() for name in features if name != field}
+        decoders = {name: tfds.decode.SkipDecoding() for name in features if name not in fields}
         return builder.as_data_source(split=split, decoders=decoders), builder.info.full_name
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{asked}: needs the package {error.name}; pip install 'cola_jax[data]'") from error
+        package = error.name or "tensorflow"  # TFDS asks for it where features are ragged, and wraps the error
+        need = "cola_jax[data]" if package == "tensorflow_datasets" else package
+        raise UserError(f"{asked}: needs the package {package}; pip install '{need}'") from error
     except Exception as error:  # TFDS raises what it likes: of names, splits, versions, downloads and formats
         reason = " ".join(str(error).split()).partition(" Available datasets")[0][:300]
         raise UserError(f"{asked}: must be a data set of TFDS ({reason or type(error).__name__})") from error
@@ -82,5 +87,5 @@ def scan(name: str, split: str, field: str) -> Records:
     Raises:
       UserError: as `open_source` and `Records.read`.
     """
-    source, full_name = open_source(name, field, split, None, f"config.data.files = {name}, tfds_split = {split}")
+    source, full_name = open_source(name, (field,), split, None, f"config.data.files = {name}, tfds_split = {split}")
     return Records(source, f"{full_name} {split}", field)

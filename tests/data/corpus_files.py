@@ -83,37 +83,34 @@ def _megatron(path: Path, texts: list[str], detail: str) -> None:
 def _tfds(folder: Path, texts: list[str]) -> dict:
     import tensorflow_datasets as tfds
 
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": np.int64})
+    builder = tfds_builder(folder, features, "train", [{"text": text, "n": i} for i, text in enumerate(texts)])
+    builder.download_and_prepare()
+    return {"format": "tfds", "input": "mine", "data_dir": str(folder)}
+
+
+def tfds_builder(folder: Path, data_features, split: str, records: list[dict]):
+    """The builder of a data set "mine" with these records."""
+    import tensorflow_datasets as tfds
+
     # TFDS needs it to write, and does not ask for it; Python's own does as well.
     importlib.import_module("importlib.resources.abc")
     sys.modules.setdefault("importlib_resources", importlib.import_module("importlib.resources"))
     with tfds.core.registered.skip_registration():
 
         class Mine(tfds.core.GeneratorBasedBuilder):
-            """Some texts."""
+            """Some records."""
 
             VERSION = tfds.core.Version("1.0.0")
             pkg_dir_path = folder
 
             def _info(self):
-                return self.dataset_info_from_configs(
-                    features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": np.int64}),
-                    disable_shuffling=True,
-                )
+                return self.dataset_info_from_configs(features=data_features, disable_shuffling=True)
 
             def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples()}
+                return {split: self._generate_examples()}
 
             def _generate_examples(self):
-                yield from ((i, {"text": text, "n": i}) for i, text in enumerate(texts))
+                yield from enumerate(records)
 
-    Mine(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return {"format": "tfds", "input": "mine", "data_dir": str(folder)}
-
-
-_WRITERS = {
-    "jsonl": _jsonl,
-    "text": _text,
-    "parquet": _parquet,
-    "arrayrecord": _arrayrecord,
-    "megatron": _megatron,
-}
+    return Mine(data_dir=str(folder), file_format="array_record")

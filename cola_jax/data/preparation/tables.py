@@ -101,7 +101,7 @@ class Tfds(records.Source):
 
     def __init__(self, name: str, field: str, split: str, data_dir: str | None):
         asked = f"--input = {name}, --split = {split}"
-        self._examples, self._name = tfds_records.open_source(name, field, split, data_dir, asked)
+        self._examples, self._name = tfds_records.open_source(name, (field,), split, data_dir, asked)
         self._field = field
         self.size, self.position = len(self._examples), 0
         self.description = {"data set": self._name, "split": split, "examples": self.size}

@@ -13,7 +13,7 @@ from cola_jax.data import corpora
 from cola_jax.data.stories import Stories
 from cola_jax.evaluation import structures
 from cola_jax.evaluation.stories import held_out_prompts
-from cola_jax.evaluation.tasks import answers, examples, matching, prompts, results
+from cola_jax.evaluation.tasks import answers, examples, matching, prompts, results, tfds_examples
 from cola_jax.evaluation.tasks.answers import Asked, Way
 from cola_jax.evaluation.tasks.examples import Prediction
 from cola_jax.evaluation.tasks.task import Example, Task
@@ -27,7 +27,7 @@ class Selection(NamedTuple):
     """Which examples are asked, and behind which demonstrations.
 
     Attributes:
-      data: file of JSON lines, or a directory with one for each task.
+      data: file of JSON lines, a directory with one for each task, or "tfds".
       demonstrations: file; None: those of the package.
       shots: of every task with an anchor; None: as the task says.
       limit: examples of each task, drawn with ``seed``; 0: all of them.
@@ -52,13 +52,20 @@ def ask(tasks: dict[str, Task], selection: Selection) -> list[Asked]:
     shown = examples.demonstrations(selection.demonstrations, tasks, selection.shots)
     asked = []
     for name, task in tasks.items():
-        file = examples.file_of(selection.data, name, "--data")
-        every = examples.read(name, task, file)
+        every, facts = _read(name, task, selection.data)
         examples.check_overlap(shown[name], every)
         some = examples.subset(every, selection.limit, selection.seed)
-        facts = {"data_sha256": examples.sha256(file), "shots": len(shown[name])}
-        asked.append(_asked(name, task, every, some, shown[name], facts))
+        asked.append(_asked(name, task, every, some, shown[name], facts | {"shots": len(shown[name])}))
     return asked
+
+
+def _read(name: str, task: Task, data: str | None) -> tuple[list[Example], dict]:
+    """The examples of a task, and what is reported of where they are from."""
+    if data == "tfds":
+        every, place = tfds_examples.read(name, task)
+        return every, {"data": place, "data_sha256": prompts.hashed([json.dumps(one) for one in every])}
+    file = examples.file_of(data, name, "--data")
+    return examples.read(name, task, file), {"data_sha256": examples.sha256(file)}
 
 
 def _asked(name: str, task: Task, every: list, some: list, shown: list, facts: dict) -> Asked:
