@@ -114,3 +114,12 @@ def tfds_builder(folder: Path, data_features, split: str, records: list[dict]):
                 yield from enumerate(records)
 
     return Mine(data_dir=str(folder), file_format="array_record")
+
+
+_WRITERS = {
+    "jsonl": _jsonl,
+    "text": _text,
+    "parquet": _parquet,
+    "arrayrecord": _arrayrecord,
+    "megatron": _megatron,
+}
