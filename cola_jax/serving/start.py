@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from starlette.applications import Starlette
 
 from cola_jax.runs import Run
@@ -18,6 +19,7 @@ from cola_jax.serving.lane import Lane
 from cola_jax.serving.metrics import Metrics
 from cola_jax.serving.offers import Offers
 from cola_jax.serving.settings import ServeSettings
+from cola_jax.types import UserError
 
 
 class Asked(NamedTuple):
@@ -66,7 +68,7 @@ def start(run: Run, asked: Asked, log: Callable[[str], None] = print) -> Started
         log(f"compiling for batches of {', '.join(map(str, limits.batch_sizes))}: {words}")
         program = offers.engine.prepare(run.model, run.params, settings)
         lanes.append(Lane(offers.engine, program, limits.batch_sizes, limits.prefixes))
-        lanes[-1].warm()
+        _warm(lanes[-1], limits, offers.context)
 
     def deliver(updates: Updates) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
@@ -77,6 +79,22 @@ def start(run: Run, asked: Asked, log: Callable[[str], None] = print) -> Started
     facts = facts_of(run, offers, template is not None)
     service = Service(desk, batcher, metrics, limits, facts, asked.api_key, asked.log_texts)
     return Started(app.create(service), batcher, metrics)
+
+
+def _warm(lane: Lane, limits: ServeSettings, context: int) -> None:
+    """Compiles what a lane needs.
+
+    Raises:
+      UserError: the device has no memory for its batches.
+    """
+    try:
+        lane.warm()
+    except jax.errors.JaxRuntimeError as error:
+        if "out of memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = ",".join(map(str, limits.batch_sizes))
+        what = f"--batch_sizes = {sizes}, --context = {context}"
+        raise UserError(f"{what}: too much for the memory of this device; must be less") from error
 
 
 def _hand_out(updates: Updates) -> None:

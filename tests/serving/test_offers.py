@@ -1,12 +1,16 @@
 """Which settings a request may have."""
 
 import dataclasses
+import types
 
+import jax
 import pytest
 from serving import served
 
 from cola_jax.sampling.choose import Choice
+from cola_jax.serving import start
 from cola_jax.serving.offers import Offers
+from cola_jax.serving.settings import ServeSettings
 from cola_jax.types import UserError
 
 
@@ -66,3 +70,16 @@ def test_limits_are_those_of_the_model_or_less():
     assert (offers(context=20).context, offers(context=20, max_tokens=50).max_tokens) == (20, 20)
     with pytest.raises(UserError, match="--context = 99: must be at most 28"):
         offers("bigram", context=99)
+
+
+def test_too_large_a_batch_for_the_device_is_one_line():
+    def warm():
+        raise jax.errors.JaxRuntimeError(message)
+
+    lane, limits = types.SimpleNamespace(warm=warm), ServeSettings(batch_sizes=(1, 8))
+    message = "INTERNAL: Out of memory allocating 1453177615616 bytes."
+    with pytest.raises(UserError, match="^--batch_sizes = 1,8, --context = 99: too much for the memory of this device"):
+        start._warm(lane, limits, 99)
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        start._warm(lane, limits, 99)
