@@ -1,7 +1,6 @@
 """Which settings a request may have."""
 
 import dataclasses
-import types
 
 import jax
 import pytest
@@ -9,6 +8,7 @@ from serving import served
 
 from cola_jax.sampling.choose import Choice
 from cola_jax.serving import start
+from cola_jax.serving.lane import Lane
 from cola_jax.serving.offers import Offers
 from cola_jax.serving.settings import ServeSettings
 from cola_jax.types import UserError
@@ -76,7 +76,8 @@ def test_too_large_a_batch_for_the_device_is_one_line():
     def warm():
         raise jax.errors.JaxRuntimeError(message)
 
-    lane, limits = types.SimpleNamespace(warm=warm), ServeSettings(batch_sizes=(1, 8))
+    lane, limits = Lane.__new__(Lane), ServeSettings(batch_sizes=(1, 8))
+    lane.warm = warm
     message = "INTERNAL: Out of memory allocating 1453177615616 bytes."
     with pytest.raises(UserError, match="^--batch_sizes = 1,8, --context = 99: too much for the memory of this device"):
         start._warm(lane, limits, 99)
