@@ -121,6 +121,9 @@ def test_what_has_no_room_or_no_choices_is_told(data, tmp_path):
     file = tiny_runs.write(tmp_path / "obqa.jsonl", long)
     with pytest.raises(UserError, match=f"{file} line 1: an option with 31 tokens"):
         answers(run, tmp_path, tmp_path, "obqa", choice="likelihood")
+    tiny_runs.write(tmp_path / "copy.jsonl", {"id": 0, "context": "ba " * 11, "answer": "ba"})
+    with pytest.raises(UserError, match=r"task 'copy': a prompt has 33 tokens, all of the context \(32\)"):
+        answers(run, tmp_path, tmp_path, "copy", new_tokens=None)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; must be a directory"):
         answers(run, data, tmp_path / "file", "lambada")

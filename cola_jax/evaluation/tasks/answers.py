@@ -63,10 +63,8 @@ def generation(run: Run, asked: Asked, way: Way, place: Path) -> tuple[list[Fitt
         longest = max(len(run.tokenizer.encode(prompt.join())) for prompt in asked.prompts)
         budget = context - longest
         if budget < 1:
-            what = f"a prompt of task {asked.name!r} has {longest} tokens"
-            raise UserError(
-                f"{what}: must be below {context} (config.data.sequence_length), or --max_new_tokens be given"
-            )
+            what = f"task {asked.name!r}: a prompt has {longest} tokens, all of the context ({context})"
+            raise UserError(f"{what}; must be shorter, or --max_new_tokens must be given")
     if not 0 < budget < context:
         raise UserError(f"max_new_tokens = {budget}: must be at least 1 and below the {context} tokens of the context")
     fitted = [prompts.fit(prompt, run.tokenizer, context - budget) for prompt in asked.prompts]
