@@ -7,7 +7,8 @@
 
 Rules: dyck (brackets of many kinds), json (of one schema), copy and reverse (of words). A document is a line. Prompts
 are beginnings of documents that are not in the corpus, cut where something is open; the first ones are empty: from
-nothing. docs/tasks.md has results.
+nothing. All answers have the same budget, what the longest prompt leaves of the context: it must be twice the longest
+document. docs/tasks.md has results.
 """
 
 import itertools
@@ -46,6 +47,8 @@ def main() -> None:
     paths.write_atomically(place / f"{_RULE.value}.txt", "".join(f"{text}\n" for text in corpus).encode())
     paths.write_atomically(place / f"{_RULE.value}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{place}: {len(corpus)} documents, {len(rows)} prompts, {_EMPTY.value} of them empty")
+    longest = max(len(text.split(" ")) for text in corpus)
+    print(f"the longest document has {longest} words; the context must hold twice its tokens, so that any prompt has room")
 
 
 if __name__ == "__main__":
