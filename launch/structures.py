@@ -48,7 +48,7 @@ def main() -> None:
     paths.write_atomically(place / f"{_RULE.value}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{place}: {len(corpus)} documents, {len(rows)} prompts, {_EMPTY.value} of them empty")
     longest = max(len(text.split(" ")) for text in corpus)
-    print(f"the longest document has {longest} words; the context must hold twice its tokens, so that any prompt has room")
+    print(f"the longest document has {longest} words; the context must hold twice its tokens, for any answer to fit")
 
 
 if __name__ == "__main__":
