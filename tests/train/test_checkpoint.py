@@ -81,30 +81,35 @@ def test_the_state_may_be_donated_after_save(toy, tmp_path):
     assert same_bits(restored, expected)
 
 
-@pytest.mark.parametrize("item", ["params", "training", "ema", "meta"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_newest_step_is_passed_over(toy, tmp_path, item, damage):
-    state, _, _, target = toy
-    manager = checkpoints.Checkpoints(tmp_path, keep=3)
-    save(manager, state, 1, 2)
-    manager.close()
+def damage(directory, item, way):
     # The largest file of those that hold array data (Orbax's own descriptions hold parts that nobody reads).
-    found = [path for path in files(tmp_path / "2", item) if item == "meta" or path.parent.name == "d"]
+    found = [path for path in files(directory, item) if item == "meta" or path.parent.name == "d"]
     victim = max(found, key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
-    if damage == "flip":
+    if way == "flip":
         content[len(content) // 2] ^= 4
         victim.write_bytes(bytes(content))
-    elif damage == "truncate":
+    elif way == "truncate":
         victim.write_bytes(bytes(content[: len(content) // 2]))
     else:
         victim.unlink()
+
+
+@pytest.mark.parametrize("item", ["params", "training", "ema", "meta"])
+def test_damaged_newest_steps_are_passed_over(toy, tmp_path, item):
+    state, _, _, target = toy
+    manager = checkpoints.Checkpoints(tmp_path, keep=4)
+    save(manager, state, 1, 2, 3, 4)
+    manager.close()
+    for step, way in ((4, "flip"), (3, "truncate"), (2, "delete")):
+        damage(tmp_path / str(step), item, way)
     said = []
-    manager = checkpoints.Checkpoints(tmp_path, keep=3, report=said.append)
+    manager = checkpoints.Checkpoints(tmp_path, keep=4, report=said.append)
     step, restored, _ = manager.restore(target)
     assert step == 1 and same_bits(restored, at(state, 1))
-    assert len(said) == 1 and str(tmp_path / "2") in said[0] and "\n" not in said[0]
-    assert (tmp_path / "rejected" / "2-1").is_dir()
+    assert len(said) == 3 and not any("\n" in line for line in said)
+    for number, line in zip((4, 3, 2), said, strict=True):
+        assert str(tmp_path / str(number)) in line and (tmp_path / "rejected" / f"{number}-1").is_dir()
     save(manager, state, 2)  # the run comes by here again
     assert manager.restore(target)[0] == 2
     manager.close()
