@@ -17,11 +17,11 @@ import json
 from absl import flags
 
 from cola_jax import cli, paths
-from cola_jax.evaluation import structures
-from cola_jax.evaluation.structures import Sizes
+from cola_jax.data import structures
+from cola_jax.data.structures import Sizes
 from cola_jax.types import UserError
 
-_RULE = flags.DEFINE_string("rule", None, f"one of {', '.join(structures.RULES)}")
+_RULE = flags.DEFINE_enum("rule", None, list(structures.RULES), "that the texts obey")
 _OUTPUT = flags.DEFINE_string("output", None, "directory of RULE.txt and RULE.jsonl")
 _DOCUMENTS = flags.DEFINE_integer("documents", 50_000, "of the corpus", 1)
 _PROMPTS = flags.DEFINE_integer("prompts", 500, "that leave something open", 1)
@@ -35,13 +35,13 @@ def main() -> None:
     for flag in (_RULE, _OUTPUT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: it must be given ({flags.FLAGS[flag.name].help})")
-    rule, place = structures.get(_RULE.value), paths.local(_OUTPUT.value, "--output")
+    rule, place = structures.RULES[_RULE.value], paths.local(_OUTPUT.value, "--output")
     sizes = Sizes(_KINDS.value, _LONGEST.value)
     drawn = structures.documents(rule, sizes, 2 * _SEED.value)
     corpus = list(itertools.islice(drawn, _DOCUMENTS.value))
     others = structures.documents(rule, sizes, 2 * _SEED.value + 1)
     asked = [("", text) for text in itertools.islice(others, _EMPTY.value)]
-    asked += [one[:2] for one in structures.prompts(rule, sizes, 2 * _SEED.value + 1, set(corpus), _PROMPTS.value)]
+    asked += structures.prompts(rule, sizes, 2 * _SEED.value + 1, set(corpus), _PROMPTS.value)
     rows = [{"id": index, "context": prompt, "answer": rest} for index, (prompt, rest) in enumerate(asked)]
     place.mkdir(parents=True, exist_ok=True)
     paths.write_atomically(place / f"{_RULE.value}.txt", "".join(f"{text}\n" for text in corpus).encode())

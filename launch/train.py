@@ -21,10 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from cola_jax import cli, families, paths, rng, runs
-from cola_jax.config import Config
 from cola_jax.evaluation import evaluators
 from cola_jax.train import experiment, loop, plan, trainer, workdir
-from cola_jax.types import UserError
 
 _CONFIG = cli.config_flag()
 _PLAN = flags.DEFINE_string("plan", None, "only report what the run needs there: v5e:4x4, v4:2x2x2, h100:8, ...")
@@ -49,13 +47,6 @@ def make_sampler(parts: experiment.Experiment) -> trainer.Sampler:
     return sample
 
 
-def check_samples(config: Config) -> None:
-    """Raises UserError for samples that are longer than the context: they are generated when all is trained."""
-    budget, context = config.sample.max_new_tokens, config.data.sequence_length
-    if config.train.num_samples and budget > context:
-        raise UserError(f"config.sample.max_new_tokens = {budget}: must be at most data.sequence_length = {context}")
-
-
 def main() -> None:
     config = cli.read_config(_CONFIG)
     log = functools.partial(print, flush=True)
@@ -66,7 +57,7 @@ def main() -> None:
         log = lambda line: None  # noqa: E731
     family = families.of(config)
     plan.check_kernels(config)
-    check_samples(config)
+    experiment.check_samples(config)
     chosen = evaluators.names(config.evaluation, config, family)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     directory = paths.local(_WORKDIR.value or Path("runs") / name, "--workdir")

@@ -10,6 +10,16 @@ from cola_jax.data.hashing import position
 from cola_jax.types import UserError
 
 
+def text(value) -> str:
+    """The text of a feature, which is bytes, or an array of one such.
+
+    Raises:
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    value = value.item() if isinstance(value, np.ndarray) else value
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
 class Records:
     """The texts of a split.
 
@@ -34,10 +44,8 @@ class Records:
         Raises:
           UserError: it is not UTF-8.
         """
-        value = self._source[index][self._field]
-        value = value.item() if isinstance(value, np.ndarray) else value
         try:
-            return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+            return text(self._source[index][self._field])
         except UnicodeDecodeError as error:
             raise UserError(f"{self._name}: record {index} is not UTF-8 ({error.reason}); must be text") from error
 

@@ -50,20 +50,24 @@ def start(program: Program, asked: Sequence[Job], earlier: State | None = None, 
     """
     plan, chunk = program.plan, program.chunk
     prompts = [job.prompt for job in asked]
-    rows = token_rows.stack(prompts, chunk * -(-plan.settings.context // chunk))
-    cache = _empty(program, len(asked)) if earlier is None else earlier.cache
+    width = chunk * -(-plan.settings.context // chunk)
+    rows = token_rows.stack(prompts, width)
+    if earlier is None:  # bound to the device, as the caches of batches are: for others `_read` would be compiled again
+        cache = jax.device_put(_empty(plan, program.params, len(asked), width), jax.devices()[0])
+    else:
+        cache = earlier.cache
     before = np.pad(rows.tokens[:, :-1], ((0, 0), (1, 0)), constant_values=plan.model.config.vocab_size)
     for begin in range(shared, max(map(len, prompts)), chunk):
         cache = _read(plan, program.params, cache, before[:, begin : begin + chunk], np.int32(begin))
     return _begin(plan, cache, rows, jobs.keys(asked), _budgets(asked), jobs.choices(asked))
 
 
-def _empty(program: Program, batch: int) -> tuple:
-    """A cache without anything in it, for whole chunks; bound to the device, as those of batches are."""
-    plan, chunk = program.plan, program.chunk
-    row = jax.ShapeDtypeStruct((batch, chunk * -(-plan.settings.context // chunk)), jnp.int32)
-    shapes = jax.eval_shape(functools.partial(plan.model.apply, method="prefill"), program.params, row, row)
-    return jax.device_put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), jax.devices()[0])
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _empty(plan: Plan, params: Params, batch: int, width: int) -> tuple:
+    """A cache of ``width`` positions without anything in it."""
+    row = jax.ShapeDtypeStruct((batch, width), jnp.int32)
+    shapes = jax.eval_shape(functools.partial(plan.model.apply, method="prefill"), params, row, row)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ from cola_jax.config import Config
 from cola_jax.data import manifest, pipeline, run_tokenizer
 from cola_jax.families.interface import Stage
 from cola_jax.train import distributed
-from cola_jax.types import Key, Params
+from cola_jax.types import Key, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +69,10 @@ def local_tokenizer(path: str) -> str:
 def data_seed(seed: int, stage: int) -> int:
     """The seed of the order of the data in a stage (counted from 1); the stages do not see the same order."""
     return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+
+
+def check_samples(config: Config) -> None:
+    """Raises UserError for samples that are longer than the context: they are generated when all is trained."""
+    budget, context = config.sample.max_new_tokens, config.data.sequence_length
+    if config.train.num_samples and budget > context:
+        raise UserError(f"config.sample.max_new_tokens = {budget}: must be at most data.sequence_length = {context}")

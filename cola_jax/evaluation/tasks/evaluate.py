@@ -9,9 +9,8 @@ from typing import NamedTuple
 import jax
 
 from cola_jax import paths
-from cola_jax.data import corpora
+from cola_jax.data import corpora, structures
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation import structures
 from cola_jax.evaluation.stories import held_out_prompts
 from cola_jax.evaluation.tasks import answers, examples, matching, prompts, results, tfds_examples
 from cola_jax.evaluation.tasks.answers import Asked, Way

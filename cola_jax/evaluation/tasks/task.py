@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cola_jax.evaluation import structures
+from cola_jax.data import structures
 from cola_jax.types import UserError
 
 MATCHES = ("word", "equal", "option", "story", "rule")
@@ -16,7 +16,7 @@ class Task(NamedTuple):
       lines: (label, fields): each line of a prompt has those of the fields that an example gives, and needs one.
       match: how released code judges: "word" (the first word), "equal" (the whole answer), "option" (the option that
         is meant), "story" (a whole story of the embedded corpus), "rule" (prompt and answer together obey the rule of
-        the task's name, see `structures`; a prompt may be empty).
+        the task's name, white space around them aside, see `structures`; a prompt may be empty).
       choices: whether an example has options to choose from.
       shots: demonstrations before the example.
       anchor: last line of a prompt, behind which the answer stands; "": the answer continues the text.

@@ -1,11 +1,10 @@
 """Examples of tasks from TensorFlow Datasets, which has some of the benchmarks."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from cola_jax.data import tfds_records
+from cola_jax.data.tfds_records import text
 from cola_jax.evaluation.tasks import examples
 from cola_jax.evaluation.tasks.task import Example, Task
 from cola_jax.types import UserError
@@ -27,37 +26,32 @@ class Source(NamedTuple):
     rows: Callable[[dict], Iterable[dict]]
 
 
-def _text(value: Any) -> str:
-    value = value.item() if isinstance(value, np.ndarray) else value
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
 def _lambada(record: dict) -> Iterator[dict]:
-    context, _, answer = _text(record["passage"]).strip().rpartition(" ")
+    context, _, answer = text(record["passage"]).strip().rpartition(" ")
     yield {"context": context, "answer": answer}
 
 
 def _squad(record: dict) -> Iterator[dict]:
-    answer = _text(record["answers"]["text"][0])
-    yield {"context": _text(record["context"]), "question": _text(record["question"]), "answer": answer}
+    answer = text(record["answers"]["text"][0])
+    yield {"context": text(record["context"]), "question": text(record["question"]), "answer": answer}
 
 
 def _obqa(record: dict) -> Iterator[dict]:
     question = record["question"]
-    choices = [_text(question[f"choice_{letter}"]) for letter in "ABCD"]
-    yield {"question": _text(question["stem"]), "choices": choices, "answer": choices[int(record["answerKey"])]}
+    choices = [text(question[f"choice_{letter}"]) for letter in "ABCD"]
+    yield {"question": text(question["stem"]), "choices": choices, "answer": choices[int(record["answerKey"])]}
 
 
 def _race(record: dict) -> Iterator[dict]:
     for question, options, answer in zip(record["questions"], record["options"], record["answers"], strict=True):
-        choices = [_text(option) for option in options]
-        right = choices[ord(_text(answer)) - ord("A")]
-        yield {"context": _text(record["article"]), "question": _text(question), "choices": choices, "answer": right}
+        choices = [text(option) for option in options]
+        right = choices[ord(text(answer)) - ord("A")]
+        yield {"context": text(record["article"]), "question": text(question), "choices": choices, "answer": right}
 
 
 def _story_cloze(record: dict) -> Iterator[dict]:
-    choices = [_text(ending) for ending in record["endings"]]
-    yield {"context": _text(record["context"]), "choices": choices, "answer": choices[int(record["label"])]}
+    choices = [text(ending) for ending in record["endings"]]
+    yield {"context": text(record["context"]), "choices": choices, "answer": choices[int(record["label"])]}
 
 
 SOURCES: dict[str, Source] = {
@@ -83,7 +77,11 @@ def read(name: str, task: Task) -> tuple[list[Example], str]:
     seen: dict[str, str] = {}
     found = []
     for index in range(len(records)):
-        for part, row in enumerate(source.rows(records[index])):
-            where = f"{full_name} {source.split} record {index}"
+        where = f"{full_name} {source.split} record {index}"
+        try:
+            rows = list(source.rows(records[index]))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: is not UTF-8 ({error.reason}); must be text") from error
+        for part, row in enumerate(rows):
             found.append(examples.example(name, task, {"id": f"{index}.{part}", **row}, where, seen))
     return found, f"{full_name} {source.split}"

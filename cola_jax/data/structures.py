@@ -6,6 +6,7 @@ objects and lists, words that must come again. `launch/structures.py` writes cor
 names judge what a model writes behind them.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -166,17 +167,6 @@ RULES: dict[str, Rule] = {
 }
 
 
-def get(name: str) -> Rule:
-    """The rule of this name.
-
-    Raises:
-      UserError: there is none.
-    """
-    if name not in RULES:
-        raise UserError(f"--rule = {name}: must be one of {', '.join(RULES)}")
-    return RULES[name]
-
-
 def documents(rule: Rule, sizes: Sizes, seed: int) -> Iterator[str]:
     """Documents without end, a function of the seed."""
     draw = np.random.default_rng(seed)
@@ -184,16 +174,10 @@ def documents(rule: Rule, sizes: Sizes, seed: int) -> Iterator[str]:
         yield rule.document(draw, sizes)
 
 
-class Begun(NamedTuple):
-    """A prompt, what stands behind it in its document, and what it leaves open."""
+def prompts(rule: Rule, sizes: Sizes, seed: int, known: set[str], count: int) -> Iterator[tuple[str, str]]:
+    """Beginnings of documents that are not in ``known``, and what stands behind them in these.
 
-    prompt: str
-    rest: str
-    open: int
-
-
-def prompts(rule: Rule, sizes: Sizes, seed: int, known: set[str], count: int) -> Iterator[Begun]:
-    """Beginnings of documents that are not in ``known``; each leaves something open, any such place as often.
+    A beginning leaves something open; each such place of its document is as likely.
 
     Raises:
       UserError: nearly all documents are known.
@@ -201,14 +185,12 @@ def prompts(rule: Rule, sizes: Sizes, seed: int, known: set[str], count: int) ->
     drawn = documents(rule, sizes, seed)
     draw = np.random.default_rng(seed + 1)
     for _ in range(count):
-        document = next((text for _, text in zip(range(_ATTEMPTS), drawn, strict=False) if text not in known), None)
+        document = next((text for text in itertools.islice(drawn, _ATTEMPTS) if text not in known), None)
         if document is None:
             raise UserError(
                 f"no document is left for a prompt: {_ATTEMPTS} in a row are in the corpus; must be smaller"
             )
         words = document.split(" ")
-        begins = [" ".join(words[:end]) for end in range(1, len(words))]
-        begins = [(begin, rule.open(begin)) for begin in begins]
-        begins = [(begin, left) for begin, left in begins if left]
-        begin, left = begins[int(draw.integers(len(begins)))]
-        yield Begun(begin, document[len(begin) :], left)
+        begins = [begin for end in range(1, len(words)) if rule.open(begin := " ".join(words[:end]))]
+        begin = begins[int(draw.integers(len(begins)))]
+        yield begin, document[len(begin) :]

@@ -1,14 +1,13 @@
 """Texts under rules: the generators obey them, and the judges see every way to break them."""
 
 import itertools
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from cola_jax.evaluation import structures
-from cola_jax.evaluation.structures import RULES, Sizes
+from cola_jax.data import structures
+from cola_jax.data.structures import RULES, Sizes
 from cola_jax.types import UserError
 
 SIZES = Sizes()
@@ -29,8 +28,9 @@ def test_documents_obey_their_rule_and_no_other_text_near_them_does(name):
         assert not any(
             rule.valid(" ".join(words[:end])) for end in range(1, len(words)) if rule.open(" ".join(words[:end]))
         )
-        for broken in (f"{text} {words[-1]}", f" {text}", text.replace(" ", "  ", 1)):
-            assert not rule.valid(broken) or name == "json"
+        assert not rule.valid(f"{text} {words[-1]}")
+        if name != "json":  # where more white space is allowed
+            assert not rule.valid(f" {text}") and not rule.valid(text.replace(" ", "  ", 1))
         other = list(words)
         place = int(draw.integers(len(words)))
         other[place] = "?"
@@ -76,10 +76,9 @@ def test_shapes_of_brackets_are_drawn_equally():
 def test_prompts_leave_something_open_and_are_of_unknown_documents(name):
     known = set(some(name, 50))
     found = list(structures.prompts(RULES[name], SIZES, 0, known, 60))
-    for one in found:
-        assert RULES[name].open(one.prompt) == one.open > 0
-        assert RULES[name].valid(one.prompt + one.rest) and one.prompt + one.rest not in known
-    assert len({one.open for one in found}) > 2
+    for begin, rest in found:
+        assert RULES[name].open(begin) > 0 and RULES[name].valid(begin + rest) and begin + rest not in known
+    assert len({RULES[name].open(begin) for begin, _ in found}) > 2
     assert RULES["dyck"].open("(a (b b) (c (d") == 3 and RULES["json"].open('{"home": {"rooms": [') == 3
     assert RULES["copy"].open("ba be bi = ba") == 2 and RULES["copy"].open("ba be") == 0
 
@@ -88,6 +87,3 @@ def test_a_corpus_of_everything_leaves_no_prompts():
     everything = set(some("dyck", 2000, sizes=Sizes(1, 2)))
     with pytest.raises(UserError, match="no document is left for a prompt"):
         next(structures.prompts(RULES["dyck"], Sizes(1, 2), 1, everything, 1))
-    with pytest.raises(UserError, match="--rule = html: must be one of dyck, json, copy, reverse"):
-        structures.get("html")
-    assert json.loads(some("json", 1)[0])
