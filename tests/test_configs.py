@@ -17,7 +17,8 @@ from cola_jax.config import Config
 from cola_jax.data import pipeline
 from cola_jax.data.tokenizers import ByteTokenizer
 from cola_jax.models import cola, transformer
-from cola_jax.train.experiment import data_seed
+from cola_jax.train.experiment import check_samples, data_seed
+from cola_jax.types import UserError
 
 KEY = jax.random.key(0)
 BASELINES = ("_ar", "_llada", "_plaid")
@@ -28,9 +29,19 @@ def load(name: str) -> Config:
     return families.parse(importlib.import_module(f"configs.{name}").get_config())
 
 
+def test_samples_that_are_longer_than_the_context_are_refused():
+    config = load("quickstart")
+    check_samples(config)
+    long = dataclasses.replace(config, sample=dataclasses.replace(config.sample, max_new_tokens=57))
+    with pytest.raises(UserError, match="config.sample.max_new_tokens = 57: must be at most data.sequence_length = 56"):
+        check_samples(long)
+    check_samples(dataclasses.replace(long, train=dataclasses.replace(config.train, num_samples=0)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_config_passes_eval_shape(name):
     config = load(name)
+    check_samples(config)
     family = families.of(config)
     config = family.resolve(config, config.data.vocab_size)
     model = family.model(config)

@@ -223,7 +223,10 @@ def test_a_prompt_is_read_from_the_first_chunk_on_that_no_earlier_one_had(monkey
             found[name] = (begun, reader.tokens, [update.log_probs.chosen.tolist() for update in reader.updates])
         assert found["shared"][0] == begins and len(found["fresh"][0]) == -(-len(prompt) // 16)
         assert found["shared"][1:] == found["fresh"][1:]  # to the last bit
-    together = [Reader(job("autoregressive", head + [n], sample=n, budget=6)) for n in (1, 1, 8)]
+    heads = ([3] * 16, [4] * 16)  # of one batch: the second of them is in its second row
+    lane.admit([Reader(job("autoregressive", [*begin, 1], budget=6)).ticket for begin in heads])
+    finish(lane)
+    together = [Reader(job("autoregressive", heads[1] + [n], sample=n, budget=6)) for n in (2, 2, 8)]
     read.clear()
     lane.admit([reader.ticket for reader in together])
     assert read == [16]
