@@ -52,7 +52,7 @@ def test_a_corpus_under_a_rule_and_its_prompts_are_written_and_judged(cache, tmp
     said.write_text("".join(json.dumps({"id": row["id"], "generated": row["answer"]}) + "\n" for row in rows))
     found = call(cache, "evaluate.py", "--task=reverse", f"--data={tmp_path}", f"--predictions={said}")
     assert last(found)["accuracy"] == 100.0 and last(found)["open"]["0"]["count"] == 4
-    assert "--rule=html: value should be one of <dyck|json|copy|reverse>" in call(
+    assert "--rule = 'html': not allowed here (value should be one of <dyck|json|copy|reverse>)" in call(
         cache, "structures.py", "--rule=html", "--output=x", status=2
     )
     assert "--rule is missing" in call(cache, "structures.py", status=2)
