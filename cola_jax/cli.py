@@ -152,8 +152,9 @@ def _check_urls() -> None:
         flag = flags.FLAGS[name]
         is_text = type(flag.parser) is flags.ArgumentParser and isinstance(flag.value, str)
         if is_text and "." not in name and name != "coordinator" and paths.scheme(flag.value):
+            refuse = paths.directory if name == "workdir" else paths.check if name in _MAY_BE_URLS else paths.local
             try:
-                (paths.check if name in _MAY_BE_URLS else paths.local)(flag.value, f"--{name}")
+                refuse(flag.value, f"--{name}")
             except UserError as error:
                 _fail(str(error), interrupts.BAD_INPUT)
 

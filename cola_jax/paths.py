@@ -1,11 +1,12 @@
 """Paths that people give: in the file systems of this machine, or in a bucket (gs://, s3://, az://).
 
-What is only read (a checkpoint, a tokenizer) may be in a bucket: it is copied here first. What is written, the
-directory of a run above all, is local or mounted (NFS, gcsfuse): in a bucket files cannot grow and names cannot change.
-A path that cannot be used is refused in one line: `pathlib` would make a folder of the name "gs:".
+What is only read (a checkpoint, a tokenizer) may be in any bucket: it is copied here first. The directory of a run may
+be in Google Cloud Storage (`directory`); all else that is written is local or mounted (NFS, gcsfuse), as files of a
+bucket cannot grow. A path that cannot be used is refused in one line: `pathlib` would make a folder of the name "gs:".
 """
 
 import atexit
+import contextlib
 import functools
 import glob
 import importlib.util
@@ -16,13 +17,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+import fsspec
+import tqdm
 from etils import epath
 
-from cola_jax.types import TemporaryError, UserError
+from cola_jax.types import Place, TemporaryError, UserError
 
 # The package behind each scheme (etils.epath has TensorFlow read them instead where it is installed).
 _BACKENDS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash is left where pathlib has had it
+# Orbax and other processes write there too, which a kept listing would not show.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 StrPath = str | os.PathLike
 
@@ -51,6 +56,31 @@ def local(value: StrPath, field: str) -> Path:
     return Path(value).expanduser().absolute()
 
 
+def directory(value: StrPath, field: str) -> Place:
+    """The directory of a run: an absolute path of this machine, or one in Google Cloud Storage (gs://bucket/name).
+
+    Args:
+      value: what was given.
+      field: the flag or field that it was given for, as "--workdir".
+
+    Raises:
+      UserError: it is another URL, or the package that reads it is not installed.
+    """
+    found = scheme(value)
+    if not found:
+        return Path(value).expanduser().absolute()
+    if found != "gs":
+        raise UserError(f"{field} = {os.fspath(value)}: must be a path of this machine, or begin with gs://")
+    check(value, field)
+    return epath.Path(re.sub("^gs:/+", "gs://", os.fspath(value)))
+
+
+def make(place: Place) -> None:
+    """Makes a directory of this machine, with those above it; a bucket has none."""
+    if not scheme(place):
+        place.mkdir(parents=True, exist_ok=True)
+
+
 def matching(pattern: str, field: str) -> list[str]:
     """The files of this machine that a name or a glob means, sorted.
 
@@ -65,14 +95,33 @@ def matching(pattern: str, field: str) -> list[str]:
     raise UserError(f"{field} = {pattern!r}: no such file; must be a file or a glob that matches one")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file: a reader, or a process killed at any time, finds the old content or the new."""
+def write_atomically(path: Place, content: bytes) -> None:
+    """Replaces a file: a reader, or a process killed at any time, finds the old content or the new.
+
+    Raises:
+      OSError: it cannot be written; UserError or TemporaryError where it is in a bucket.
+    """
+    if scheme(path):
+        with reaching(path, verb="written", absent="there is no such bucket"):
+            path.write_bytes(content)
+        return
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def move(source: Place, target: Place) -> None:
+    """Gives a directory another name, which nothing has. In a bucket its files are copied, then removed."""
+    if not scheme(source):
+        source.rename(target)
+        return
+    with reaching(source, verb="moved"):
+        for name, file in files(source):
+            file.copy(target / name, overwrite=True)
+        source.rmtree()
 
 
 def check(value: StrPath, field: str) -> None:
@@ -109,7 +158,8 @@ def fetched(value: StrPath, field: str, wanted: Callable[[PurePosixPath], bool] 
     if not scheme(value):
         return Path(value).expanduser().absolute()
     check(value, field)
-    return _reading(value, field, lambda: _copy(os.fspath(value).rstrip("/"), wanted))
+    with reaching(value, field):
+        return _copy(os.fspath(value).rstrip("/"), wanted)
 
 
 def listed(value: StrPath, field: str) -> list[str]:
@@ -120,24 +170,55 @@ def listed(value: StrPath, field: str) -> list[str]:
     """
     check(value, field)
 
-    def names() -> list[str]:
+    with reaching(value, field):
         place = epath.Path(os.fspath(value))
         return sorted(child.name for child in place.iterdir()) if place.is_dir() else []
 
-    return _reading(value, field, names)
 
+@contextlib.contextmanager
+def reaching(value: StrPath, field: str = "", verb: str = "read", absent: str = "nothing is there") -> Iterator[None]:
+    """Makes one line of what the packages of buckets raise.
 
-def _reading(value: StrPath, field: str, read: Callable):
+    Args:
+      value: what is read or written.
+      field: the flag or field that it was given for; "" for none.
+      verb: what is done to it: "read", "written".
+      absent: what it means that something is not found.
+
+    Raises:
+      UserError: it is not there, or this may not be done.
+      TemporaryError: the network or the service failed.
+    """
+    named = f"{field} = {os.fspath(value)}" if field else os.fspath(value)
     try:
-        return read()
+        yield
+    except (UserError, TemporaryError):
+        raise
     except FileNotFoundError as error:
-        raise UserError(f"{field} = {os.fspath(value)}: nothing is there") from error
-    except PermissionError as error:
-        raise UserError(f"{field} = {os.fspath(value)}: may not be read from here") from error
-    except Exception as error:  # packages of buckets raise errors of their own
+        raise UserError(f"{named}: {absent}") from error
+    except Exception as error:
+        if isinstance(error, PermissionError) or status(error) in (401, 403):
+            raise UserError(f"{named}: may not be {verb} from here") from error
         line = " ".join(str(error).split())[:200]
-        kind = TemporaryError if isinstance(error, OSError) else UserError
-        raise kind(f"{field} = {os.fspath(value)}: cannot be read: {type(error).__name__}: {line}") from error
+        kind = TemporaryError if isinstance(error, OSError) or is_of_network(error) else UserError
+        raise kind(f"{named}: cannot be {verb}: {type(error).__name__}: {line}") from error
+
+
+def status(error: BaseException) -> int:
+    """The HTTP status that an exception of a bucket's package stands for; 0 for none."""
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # gcsfs
+        return 403
+    code = getattr(error, "code", None)
+    return int(code) if isinstance(code, int | str) and str(code).isdigit() else 0
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether an exception of a bucket's package says that the service or the way to it failed."""
+    return (
+        status(error) in (408, 429)
+        or status(error) >= 500
+        or type(error).__module__.startswith(("aiohttp", "requests"))
+    )
 
 
 @functools.cache
@@ -148,12 +229,12 @@ def _store() -> Path:
     return place
 
 
-def _files(place: epath.Path, below: PurePosixPath) -> Iterator[tuple[PurePosixPath, epath.Path]]:
-    """The files under a directory of a bucket, with their paths in it."""
-    for child in place.iterdir():
-        name = below / child.name
+def files(place: Place, below: PurePosixPath | str = "") -> Iterator[tuple[PurePosixPath, Place]]:
+    """The files under a directory, of a bucket or of this machine, with their paths in it."""
+    for child in sorted(place.iterdir()):
+        name = PurePosixPath(below, child.name)
         if child.is_dir():
-            yield from _files(child, name)
+            yield from files(child, name)
         else:
             yield name, child
 
@@ -162,12 +243,12 @@ def _copy(url: str, wanted) -> Path:
     source, target = epath.Path(url), Path(tempfile.mkdtemp(dir=_store())) / url.rpartition("/")[2]
     if source.is_dir():
         target.mkdir()
-        found = [(name, file) for name, file in _files(source, PurePosixPath()) if wanted is None or wanted(name)]
+        found = [(name, file) for name, file in files(source) if wanted is None or wanted(name)]
     elif source.exists():
         found = [(PurePosixPath(), source)]
     else:
         raise FileNotFoundError(url)
-    for name, file in found:
+    for name, file in tqdm.tqdm(found, f"copying {url}", unit=" files", disable=None, leave=False):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with file.open("rb") as reader, open(target / name, "wb") as writer:
             shutil.copyfileobj(reader, writer, 2**24)

@@ -19,15 +19,18 @@ Flow time ``t`` runs from 0 (data) to 1 (noise).
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float
 
 PyTree = Any
 Params = PyTree  # Flax variables: {"params": ...}
 Key = jax.Array  # typed PRNG key(s)
+Place = Path | epath.Path  # a path of this machine, or one in a bucket
 
 
 class UserError(ValueError):

@@ -27,7 +27,7 @@ from cola_jax.train import experiment, loop, plan, trainer, workdir
 _CONFIG = cli.config_flag()
 _PLAN = flags.DEFINE_string("plan", None, "only report what the run needs there: v5e:4x4, v4:2x2x2, h100:8, ...")
 _MFU = flags.DEFINE_float("plan_mfu", 0.4, "model FLOP utilisation that the plan assumes", 0.0, 1.0)
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: runs/<name of the config>")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run, or gs://bucket/name; default: runs/<its config>")
 _PROFILE = cli.profile_flag()
 _START = cli.machine_flags()
 
@@ -60,7 +60,7 @@ def main() -> None:
     experiment.check_samples(config)
     chosen = evaluators.names(config.evaluation, config, family)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    directory = paths.local(_WORKDIR.value or Path("runs") / name, "--workdir")
+    directory = paths.directory(_WORKDIR.value or Path("runs") / name, "--workdir")
     profile_steps = _PROFILE()
     workdir.claim(config, directory)
     parts = experiment.build(config, directory)

@@ -6,6 +6,7 @@ import pathlib
 import warnings
 
 import environment
+import fake_gcs
 
 os.environ.update(environment.variables(devices=8))
 
@@ -19,6 +20,23 @@ del os.environ["NPROC"]  # not for the processes that tests start
 
 install_import_hook("cola_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def _storage():
+    store = fake_gcs.Store()
+    with fake_gcs.serving(store) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():  # read once a process
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def bucket(_storage):
+    """Google Cloud Storage with the empty bucket gs://bucket (`fake_gcs.Store`)."""
+    yield _storage
+    _storage.objects.clear()
+    _storage.refuse = lambda method, name: None
 
 
 @pytest.fixture(autouse=True)

@@ -1,55 +1,34 @@
-"""Paths in buckets, against one in memory: what is read is copied, what is written is refused in one line."""
+"""Paths in buckets, against a server that stands for Google's: what is read is copied, what cannot be used refused."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
+import aiohttp
 import environment
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-from cola_jax import paths, release
-from cola_jax.train import experiment, loop, saved
+from cola_jax import config, paths, release
+from cola_jax.train import experiment, interrupts, loop, saved
 from cola_jax.types import TemporaryError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "tiny"
 
 
-class Bucket(MemoryFileSystem):
-    """What gcsfs is to etils.epath, in memory."""
-
-    protocol, store, pseudo_dirs, broken = ("gcs", "gs"), {}, [""], None
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).removeprefix("gs://"))
-
-    def _open(self, *arguments, **options):
-        if self.broken is not None:
-            raise self.broken
-        return super()._open(*arguments, **options)
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    """Puts a directory of this machine into gs://bucket."""
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(paths, "_is_installed", lambda package: package == "gcsfs")
-    files = Bucket()
+def put(bucket):
+    """Puts a file or a directory of this machine into gs://bucket; gives its URL."""
 
-    def put(source: pathlib.Path, name: str) -> str:
+    def copy(source: pathlib.Path, name: str) -> str:
         for path in [source] if source.is_file() else source.rglob("*"):
             if path.is_file():
-                place = f"gs://bucket/{name}/{path.relative_to(source)}".removesuffix("/.")
-                files.pipe_file(place, path.read_bytes())
+                place = f"{name}/{path.relative_to(source)}".removesuffix("/.")
+                bucket.write("bucket", place, path.read_bytes())
         return f"gs://bucket/{name}"
 
-    yield put
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
-    Bucket.broken = None
+    return copy
 
 
 @pytest.mark.parametrize("value", ["gs://bucket/run", "s3://x/y", "file:///tmp/x", pathlib.Path("gs://bucket/run")])
@@ -78,11 +57,11 @@ def test_what_cannot_be_read_says_why(monkeypatch):
     paths.check("gs://b/x", "x")
 
 
-def test_files_and_directories_are_copied(bucket, tmp_path):
+def test_files_and_directories_are_copied(put, tmp_path):
     (tmp_path / "d" / "e").mkdir(parents=True)
     (tmp_path / "d" / "one").write_bytes(b"1")
     (tmp_path / "d" / "e" / "two").write_bytes(b"22")
-    url = bucket(tmp_path / "d", "place/d")
+    url = put(tmp_path / "d", "place/d")
     assert paths.listed(url, "x") == ["e", "one"] and paths.listed("gs://bucket/none", "x") == []
     copy = paths.fetched(url + "/", "x")
     assert copy.name == "d" and (copy / "one").read_bytes() == b"1" and (copy / "e" / "two").read_bytes() == b"22"
@@ -94,28 +73,52 @@ def test_files_and_directories_are_copied(bucket, tmp_path):
         paths.fetched("gs://bucket/none", "x")
 
 
+class Answer(Exception):
+    """What gcsfs raises for an HTTP status."""
+
+    def __init__(self, code):
+        super().__init__(f"status\n{code}")
+        self.code = code
+
+
 @pytest.mark.parametrize(
     "error, kind, words",
     [
+        (FileNotFoundError("x"), UserError, "nothing is there"),
         (PermissionError("403"), UserError, "may not be read from here"),
+        (Answer(401), UserError, "may not be read from here"),
+        (Answer("403"), UserError, "may not be read from here"),
         (OSError("reset by peer"), TemporaryError, "cannot be read: OSError: reset by peer"),
+        (Answer(503), TemporaryError, "cannot be read: Answer: status 503"),
+        (Answer(429), TemporaryError, "cannot be read: Answer: status 429"),
+        (Answer(400), UserError, "cannot be read: Answer: status 400"),
+        (aiohttp.ClientPayloadError("torn"), TemporaryError, "cannot be read: ClientPayloadError: torn"),
         (RuntimeError("no\ncredentials"), UserError, "cannot be read: RuntimeError: no credentials"),
     ],
 )
-def test_a_bucket_that_fails(bucket, tmp_path, error, kind, words):
-    (tmp_path / "f").write_text("x")
-    url = bucket(tmp_path / "f", "f")
-    Bucket.broken = error
-    with pytest.raises(kind, match=f"x = gs://bucket/f: {words}") as caught:
-        paths.fetched(url, "x")
+def test_a_bucket_that_fails(error, kind, words):
+    with pytest.raises(kind, match=f"x = gs://bucket/f: {words}") as caught, paths.reaching("gs://bucket/f", "x"):
+        raise error
     assert "\n" not in str(caught.value)
+    assert interrupts.is_temporary(caught.value) == (kind is TemporaryError)
 
 
-def test_a_released_checkpoint_is_loaded_from_a_bucket(bucket, tmp_path):
+def test_what_one_may_not_read_or_write(bucket):
+    bucket.refuse = lambda method, name: 403
+    with pytest.raises(UserError, match="x = gs://bucket/f: may not be read from here"):
+        paths.fetched("gs://bucket/f", "x")
+    with pytest.raises(UserError, match="gs://bucket/f: may not be written from here"):
+        paths.write_atomically(paths.directory("gs://bucket/f", "x"), b"")
+    bucket.refuse = lambda method, name: None
+    with pytest.raises(UserError, match="gs://none/f: there is no such bucket"):
+        paths.write_atomically(paths.directory("gs://none/f", "x"), b"")
+
+
+def test_a_released_checkpoint_is_loaded_from_a_bucket(put, tmp_path):
     import jax
     import numpy as np
 
-    url = bucket(GOLDEN, "cola")
+    url = put(GOLDEN, "cola")
     expected, found = release.load(GOLDEN), release.load(url)
     assert expected[0] == found[0]
     jax.tree.map(np.testing.assert_array_equal, expected[1], found[1])
@@ -123,7 +126,7 @@ def test_a_released_checkpoint_is_loaded_from_a_bucket(bucket, tmp_path):
         release.save("gs://bucket/new", *found)
 
 
-def test_of_a_run_one_checkpoint_is_copied(bucket, tmp_path):
+def test_of_a_run_one_checkpoint_is_copied(put, tmp_path):
     names = [
         "config.json",
         "tokenizer.model",
@@ -135,7 +138,7 @@ def test_of_a_run_one_checkpoint_is_copied(bucket, tmp_path):
     for name in names:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text(name)
-    url = bucket(tmp_path / "run", "run")
+    url = put(tmp_path / "run", "run")
 
     def there(place):
         return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
@@ -148,35 +151,68 @@ def test_of_a_run_one_checkpoint_is_copied(bucket, tmp_path):
         saved.fetched(url, "--checkpoint", 5)
     with pytest.raises(UserError, match="--checkpoint = gs://bucket/run/none: no checkpoint here"):
         saved.fetched(url + "/none", "--checkpoint")
-    released = saved.fetched(bucket(GOLDEN, "cola"), "--checkpoint")
+    released = saved.fetched(put(GOLDEN, "cola"), "--checkpoint")
     assert release.is_released(released) and set(there(GOLDEN)) - set(there(released)) == {"io.npz"}
 
 
-def test_a_tokenizer_is_copied(bucket, tmp_path):
+def test_a_tokenizer_is_copied(put, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    url = bucket(tmp_path / "tokenizer.json", "tokenizer.json")
+    url = put(tmp_path / "tokenizer.json", "tokenizer.json")
     copy = pathlib.Path(experiment.local_tokenizer(url))
     assert copy.name == "tokenizer.json" and copy.read_text() == "{}" and copy.parent != tmp_path
     for path in ("", "here/tokenizer.json"):
         assert experiment.local_tokenizer(path) == path
 
 
-def test_a_run_is_not_kept_in_a_bucket(tmp_path, monkeypatch):
+def test_corpora_are_copied(put, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(name)
+        put(tmp_path / name, f"data/{name}")
+    text = "gs://bucket/data/a=0.7, gs://bucket/data/b=0.3; 10:gs://bucket/data/a"
+    data = config.DataConfig(corpus="prepared", files=text)
+    files = experiment.local_data(data).files
+    found = re.fullmatch(r"(/\S+/a)=0.7, (/\S+/b)=0.3; 10:(/\S+/a)", files)
+    assert found[1] == found[3] and [pathlib.Path(found[n], "manifest.json").read_text() for n in (1, 2)] == ["a", "b"]
+    text = put(tmp_path / "a" / "manifest.json", "corpus.txt")
+    local = experiment.local_data(config.DataConfig(corpus="text", files=text)).files
+    assert pathlib.Path(local).read_text() == "a"
+    with pytest.raises(UserError, match="config.data.files = gs://bucket/none: nothing is there"):
+        experiment.local_data(config.DataConfig(corpus="text", files="gs://bucket/none"))
+    here = config.DataConfig(corpus="text", files="a/b://c.txt")
+    assert experiment.local_data(here) == here
+
+
+@pytest.mark.parametrize("value", ["s3://bucket/run", "az://bucket/run", "file:///tmp/run"])
+def test_a_run_is_not_kept_in_other_buckets(value, tmp_path, monkeypatch):
     from cola_jax import families
 
     monkeypatch.chdir(tmp_path)
-    for directory in ("gs://bucket/run", pathlib.Path("gs://bucket/run")):
-        with pytest.raises(UserError, match="--workdir = gs:/.*: gs:// cannot be used here; must be a path of this"):
-            loop.train(families.parse({}), directory)
+    with pytest.raises(UserError, match=f"--workdir = {value}: must be a path of this machine, or begin with gs://"):
+        loop.train(families.parse({}), value)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_and_names_in_a_bucket(bucket, tmp_path):
+    place = paths.directory(pathlib.Path("gs://bucket/run"), "--workdir")  # pathlib has taken one slash
+    assert str(place) == "gs://bucket/run" and paths.directory(str(place), "--workdir") == place
+    paths.make(place)
+    assert not bucket.objects
+    for name in ("old/a", "old/b/c"):
+        paths.write_atomically(place / name, name.encode())
+    paths.write_atomically(place / "old" / "a", b"again")
+    assert bucket.read("run/old/a") == b"again"
+    paths.move(place / "old", place / "new" / "old-1")
+    assert bucket.names() == ["run/new/old-1/a", "run/new/old-1/b/c"] and bucket.read("run/new/old-1/b/c") == b"old/b/c"
+    assert [str(name) for name, _ in paths.files(place)] == ["new/old-1/a", "new/old-1/b/c"]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--workdir=gs://bucket/run"], "--workdir = gs://bucket/run: gs:// cannot be used here"),
+        (["--workdir=s3://bucket/run"], "--workdir = s3://bucket/run: must be a path of this machine, or begin"),
         (["--compilation_cache=ftp://x/y"], "--compilation_cache = ftp://x/y: must be a path of this machine, or"),
-        (["--workdir=file:///tmp/x"], "--workdir = file:///tmp/x: file:// cannot be used here"),
+        (["--workdir=file:///tmp/x"], "--workdir = file:///tmp/x: must be a path of this machine, or"),
     ],
 )
 def test_flags_with_urls_are_refused_before_anything_starts(tmp_path, flags, words):

@@ -2,8 +2,8 @@
 
 A step directory holds the items "params", "ema" (if there is one), "training" (step, optimizer, frozen trees, guard),
 "meta" (config, data position, data fingerprint, a hash of every array, a checksum of itself) and "files" (checksums of
-the files of the others). Orbax writes it under a temporary name and renames it, so a process killed at any time leaves
-the earlier steps as they were. What proves that a step is intact is in `verified`.
+the files of the others). Orbax writes it under a temporary name and renames it, or in a bucket marks it at the end, so
+a process killed at any time leaves the earlier steps as they were. What proves that a step is intact is in `verified`.
 """
 
 import asyncio
@@ -19,9 +19,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from cola_jax import config as configs
+from cola_jax import paths
 from cola_jax.train import verified
 from cola_jax.train.state import TrainState
-from cola_jax.types import LazyArray, Params, PyTree, TemporaryError, UserError
+from cola_jax.types import LazyArray, Params, Place, PyTree, TemporaryError, UserError
 
 _COMMIT_TIMEOUT = 1200  # seconds that a process waits for the others to have written their part of a step
 _ARRAY_ITEMS = ("params", "ema", "training")
@@ -39,7 +40,7 @@ def _items(state: TrainState) -> dict[str, dict]:
     return items if state.ema is None else {**items, "ema": _flat(state.ema)}
 
 
-def _check_shapes(path: Path, items: dict[str, dict[str, jax.ShapeDtypeStruct]], saved: dict) -> None:
+def _check_shapes(path: Place, items: dict[str, dict[str, jax.ShapeDtypeStruct]], saved: dict) -> None:
     """Raises UserError that names the first array whose name, shape or type is not the model's."""
     if set(items) != set(saved):
         raise UserError(f"checkpoint {path}: holds {sorted(saved)}, this run needs {sorted(items)}")
@@ -58,13 +59,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, keep: int, report: Callable[[str], None] = print, milestones: Collection[int] = ()
+        self, directory: Place, keep: int, report: Callable[[str], None] = print, milestones: Collection[int] = ()
     ):
-        self.directory = Path(directory).absolute()
+        self.directory = paths.directory(directory, "directory")
         self._report, self._keep, self._milestones = report, keep, sorted(milestones)
         # Made by the first save: it cleans up in a thread, which must not outlive a run that fails at its start.
         self._manager: ocp.CheckpointManager | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        paths.make(self.directory)
 
     def _make_manager(self) -> ocp.CheckpointManager:
         handlers = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
@@ -134,7 +135,7 @@ class Checkpoints:
         """The newest step that passes verification; None if nothing was ever saved.
 
         A step that fails is reported in one line; it and what is newer than the restored step are moved to
-        ``rejected/``, since the run will save those steps again.
+        ``rejected/`` beside the stage, since the run will save those steps again.
 
         Args:
           target: the state as abstract arrays with shardings (`state.abstract`), of any mesh.
@@ -147,7 +148,7 @@ class Checkpoints:
         """
         items = _items(target)
 
-        def load(path: Path) -> tuple[dict, dict]:
+        def load(path: Place) -> tuple[dict, dict]:
             body = verified.read_meta(path)
             _check_shapes(path, items, body["arrays"])
             if body.get("files"):  # steps from before there were checksums of files have none
@@ -170,13 +171,14 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        rejected = self.directory / "rejected"
+        # Beside the stages: what is in a stage's directory, in a bucket and without Orbax's mark, Orbax removes.
+        rejected = self.directory.parent / "rejected"
         if jax.process_index() == 0:
-            rejected.mkdir(exist_ok=True)
+            paths.make(rejected)
             for step in steps:
-                names = (f"{step}-{number}" for number in range(1, 10**6))
+                names = (f"{self.directory.name}-{step}-{number}" for number in range(1, 10**6))
                 place = next(rejected / name for name in names if not (rejected / name).exists())
-                (self.directory / str(step)).rename(place)
+                paths.move(self.directory / str(step), place)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("rejected checkpoints")
         if self._manager is not None:
@@ -217,7 +219,7 @@ class _LazyHandler(ocp.type_handlers.ArrayHandler):
 
 
 def save_params(
-    directory: Path,
+    directory: Place,
     step: int,
     params: Params,
     config: configs.Config,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from cola_jax import families, paths
-from cola_jax.config import Config
+from cola_jax.config import Config, DataConfig
 from cola_jax.data import manifest, pipeline, run_tokenizer
+from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.families.interface import Stage
 from cola_jax.train import distributed
-from cola_jax.types import Key, Params, UserError
+from cola_jax.types import Key, Params, Place, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,15 @@ class Experiment:
     tokenizer: Any = None
 
 
-def build(config: Config, workdir: Path) -> Experiment:
+def build(config: Config, workdir: Place) -> Experiment:
     """The experiment of a config; trains the tokenizer if the run has none yet.
 
     Raises:
       UserError: see the tokenizers and the corpora.
     """
     file = workdir / manifest.TOKENIZER_FILES.get(config.data.tokenizer, "tokenizer.model")
-    data = dataclasses.replace(config.data, tokenizer_path=local_tokenizer(config.data.tokenizer_path))
-    tokenizer = distributed.first(lambda: run_tokenizer.create(data, file))
+    data = local_data(config.data)
+    tokenizer = distributed.first(lambda: _tokenizer(data, file))
     family = families.of(config)
     config = family.resolve(config, tokenizer.vocab_size)
     model = family.model(config)
@@ -54,11 +57,40 @@ def build(config: Config, workdir: Path) -> Experiment:
         config=config,
         init=family.init(model, config),
         stages=family.stages(model, config),
-        dataset=functools.partial(pipeline.create, config.data, tokenizer),
-        fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
+        dataset=functools.partial(pipeline.create, data, tokenizer),
+        fingerprint=functools.partial(pipeline.fingerprint, data, tokenizer),
         model=model,
         tokenizer=tokenizer,
     )
+
+
+def _tokenizer(config: DataConfig, file: Place) -> Tokenizer:
+    """`run_tokenizer.create`, also where the directory of the run is in a bucket."""
+    if not paths.scheme(file):
+        return run_tokenizer.create(config, file)
+    with tempfile.TemporaryDirectory(prefix="cola_jax-") as place:
+        is_kept = file.exists()
+        here = paths.fetched(file, "--workdir") if is_kept else Path(place) / file.name
+        tokenizer = run_tokenizer.create(config, here)
+        if here.exists() and not is_kept:
+            paths.write_atomically(file, here.read_bytes())
+        return tokenizer
+
+
+def local_data(config: DataConfig) -> DataConfig:
+    """The config with copies of the tokenizer and the corpora that it names in buckets."""
+    copies = {}
+
+    def copy(found: re.Match) -> str:
+        url = found[0]
+        if url not in copies:
+            copies[url] = str(paths.fetched(url, "config.data.files"))
+        return copies[url]
+
+    files = config.files
+    if config.corpus in ("text", "prepared"):
+        files = re.sub(r"(?<![^\s,;:])[A-Za-z][A-Za-z0-9+.-]+://[^,;=]+", copy, files)
+    return dataclasses.replace(config, files=files, tokenizer_path=local_tokenizer(config.tokenizer_path))
 
 
 def local_tokenizer(path: str) -> str:

@@ -16,6 +16,7 @@ import time
 
 import jax
 
+from cola_jax import paths
 from cola_jax.types import TemporaryError, UserError
 
 DONE, BAD_INPUT, DIVERGED = 0, 2, 3
@@ -29,13 +30,18 @@ _OF_USERS = frozenset(
     + (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTEMPTY, errno.ENOTSUP)
 )
 
+# What TensorStore says of a bucket that it cannot reach, or no longer may.
+_OF_BUCKETS = re.compile(
+    "(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|PERMISSION_DENIED|ABORTED):"
+)
+
 
 def is_temporary(error: BaseException, but: tuple[int, ...] = ()) -> bool:
     """Whether an exception, or one that it came from, is of something outside the program that another start may mend.
 
     Args:
-      error: a TemporaryError, an OSError whose errno is not one of paths and permissions, or a UserError or error of
-        TensorStore (which names the errno in its text) that was made of one.
+      error: a TemporaryError, an OSError whose errno is not one of paths and permissions, one of a bucket's service, or
+        a UserError or error of TensorStore (which names the errno in its text) that was made of one.
       but: errnos that do not count.
     """
     known, seen = {*_OF_USERS, *but}, set()
@@ -45,6 +51,8 @@ def is_temporary(error: BaseException, but: tuple[int, ...] = ()) -> bool:
             return True
         numbers = [error.errno] if isinstance(error, OSError) and error.errno is not None else []
         if not isinstance(error, UserError):  # whose text may quote anything
+            if paths.is_of_network(error) or _OF_BUCKETS.match(str(error)):
+                return True
             numbers += map(int, re.findall(r"\[OS error (\d+)", str(error)))
         if any(number not in known for number in numbers):
             return True

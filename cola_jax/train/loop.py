@@ -1,7 +1,8 @@
 """A whole run: its stages one after another, resumable at every moment.
 
 A run's directory holds `config.json`, `tokenizer.model` (if the tokenizer was trained here), a directory of checkpoints
-for each stage (`stage1/`, ...), `metrics.jsonl`, `samples.jsonl`, `timing.jsonl`, `starts.jsonl` and `tensorboard/`.
+for each stage (`stage1/`, ...), `metrics.jsonl`, `samples.jsonl`, `timing.jsonl`, `starts.jsonl` and `tensorboard/`. In
+a bucket, where files cannot grow, each start has its own `metrics-00001.jsonl` and so on.
 The same command on the same directory resumes where the last process stopped, with the same result, bit for bit, as if
 it had not stopped.
 """
@@ -19,7 +20,7 @@ from cola_jax.train import initialise, interrupts, starts, workdir
 from cola_jax.train import state as states
 from cola_jax.train.experiment import Experiment, build
 from cola_jax.train.trainer import Monitors, Sampler, Trainer
-from cola_jax.types import PyTree, TemporaryError, UserError
+from cola_jax.types import Place, PyTree, TemporaryError, UserError
 
 
 def train(
@@ -36,7 +37,7 @@ def train(
 
     Args:
       config: the run's.
-      directory: where everything is kept; made if it does not exist. All processes see it.
+      directory: where everything is kept; made if it does not exist. All processes see it. It may be gs://bucket/name.
       experiment: what to train; None for the model and data of the config (`experiment.build`).
       sampler: generates texts in the last stage, every ``train.sample_every`` steps and at the end.
       log: prints a line; None for the console.
@@ -51,7 +52,7 @@ def train(
       NonFiniteLoss: training diverged.
       Interrupted: SIGTERM or Ctrl-C.
     """
-    directory = paths.local(directory, "--workdir")
+    directory = paths.directory(directory, "--workdir")
     try:
         return _train(config, directory, experiment, sampler, log, profile_steps)
     except OSError as error:
@@ -64,7 +65,7 @@ def train(
         raise
 
 
-def _train(config: Config, directory: Path, experiment, sampler, log, profile_steps) -> states.TrainState:
+def _train(config: Config, directory: Place, experiment, sampler, log, profile_steps) -> states.TrainState:
     workdir.claim(config, directory)
     log = log or functools.partial(print, flush=True)
     if jax.process_index():

@@ -1,16 +1,20 @@
 """What a run reports: console lines, `metrics.jsonl`, `timing.jsonl`, `samples.jsonl`, TensorBoard events.
 
 `metrics.jsonl` and `samples.jsonl` hold nothing that depends on the clock: a run that was killed and resumed
-leaves the same bytes as one that was not. Rates and durations go to `timing.jsonl`, which only grows.
+leaves the same bytes as one that was not. Rates and durations go to `timing.jsonl`, which only grows. In a bucket files
+cannot grow: there each start of a stage has a `metrics-00001.jsonl` and so on, which together are the same bytes.
 """
 
 import dataclasses
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jax
 import tensorboardX
@@ -19,16 +23,18 @@ from cola_jax import paths
 from cola_jax.config import Config
 from cola_jax.families.interface import Stage
 from cola_jax.train import devices
+from cola_jax.types import Place
 
+_SEGMENT = re.compile(r"(metrics|samples|timing)-(\d+)\.jsonl")  # of one start of a run in a bucket
 _HIDDEN = ("learning_rate", "latent_signal", "latent_noise")  # not on the console line, nor norms
 
 
-def truncate(path: Path, stage: int, step: int) -> None:
+def truncate(path: Place, stage: int, step: int) -> None:
     """Drops the lines of a JSONL file that come after a step of a stage, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    content, kept = path.read_bytes(), []
+    for line in content.splitlines(keepends=True):
         try:
             entry = json.loads(line)
             before = (entry["stage"], entry["step"]) <= (stage, step)
@@ -36,7 +42,8 @@ def truncate(path: Path, stage: int, step: int) -> None:
             continue  # torn while it was written
         if before and line.endswith(b"\n"):
             kept.append(line)
-    paths.write_atomically(path, b"".join(kept))
+    if b"".join(kept) != content:
+        paths.write_atomically(path, b"".join(kept))
 
 
 def _loss_first(values: dict[str, float]) -> dict[str, float]:
@@ -135,6 +142,39 @@ class Clock:
         return result
 
 
+class Growing:
+    """Files of a run that grow: in its directory, or, where that is in a bucket, here, and copied there as a whole.
+
+    Attributes:
+      directory: of this machine, where they are written.
+    """
+
+    _EVERY = 60.0  # seconds between copies that nobody waits for
+
+    def __init__(self, place: Place):
+        self._place, self._is_far = place, bool(paths.scheme(place))
+        self._copied: dict[PurePosixPath, tuple[int, int]] = {}
+        self._copied_at = time.monotonic()
+        self.directory = Path(tempfile.mkdtemp(prefix="cola_jax-")) if self._is_far else place
+
+    def copy(self, now: bool = True) -> None:
+        """Copies what has changed; unless ``now``, only if the last time is a minute ago."""
+        if not self._is_far or not now and time.monotonic() - self._copied_at < self._EVERY:
+            return
+        for name, file in paths.files(self.directory):
+            mark = (file.stat().st_size, file.stat().st_mtime_ns)
+            if self._copied.get(name) != mark:
+                paths.write_atomically(self._place / name, file.read_bytes())
+                self._copied[name] = mark
+        self._copied_at = time.monotonic()
+
+    def close(self) -> None:
+        """Copies, and removes the files that were copied."""
+        self.copy()
+        if self._is_far:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
 class Profile:
     """Records a window of training steps with JAX's profiler, for TensorBoard or XProf.
 
@@ -144,13 +184,15 @@ class Profile:
       stage: whose steps they are.
     """
 
-    def __init__(self, directory: Path, steps: tuple[int, int] | None, stage: int):
-        self._directory, self._steps, self._stage, self._active = directory, steps, stage, False
+    def __init__(self, directory: Place, steps: tuple[int, int] | None, stage: int):
+        self._place, self._steps, self._stage, self._active = directory, steps, stage, False
+        self._files: Growing | None = None
 
     def before(self, step: int, stage: int) -> None:
         """Begins with the first step of the window, or inside it where a run resumes there."""
         if self._steps and stage == self._stage and not self._active and self._steps[0] <= step <= self._steps[1]:
-            jax.profiler.start_trace(str(self._directory))
+            self._files = Growing(self._place)
+            jax.profiler.start_trace(str(self._files.directory))
             self._active = True
 
     def ends_after(self, step: int, stage: int) -> bool:
@@ -168,6 +210,7 @@ class Profile:
     def __exit__(self, *_) -> None:
         if self._active:
             jax.profiler.stop_trace()
+            self._files.close()
         self._active = False
 
 
@@ -186,7 +229,7 @@ class Writer:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: Place,
         stage: int,
         first_step: int,
         total_steps: int,
@@ -198,11 +241,20 @@ class Writer:
         self._files = {}
         if not active:
             return
-        for name in ("metrics", "samples"):
-            truncate(workdir / f"{name}.jsonl", stage, first_step)
+        self._growing, segment = Growing(workdir), ""
+        if paths.scheme(workdir):
+            before = [found for name in paths.listed(workdir, "--workdir") if (found := _SEGMENT.fullmatch(name))]
+            for found in before:
+                if found[1] != "timing":
+                    truncate(workdir / found[0], stage, first_step)
+            segment = f"-{max([0, *(int(found[2]) for found in before)]) + 1:05d}"
+        else:
+            for name in ("metrics", "samples"):
+                truncate(workdir / f"{name}.jsonl", stage, first_step)
+        here = self._growing.directory
         for name in ("metrics", "samples", "timing"):
-            self._files[name] = open(workdir / f"{name}.jsonl", "a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._files[name] = open(here / f"{name}{segment}.jsonl", "a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(here / "tensorboard"), purge_step=first_step + 1)
 
     def _append(self, name: str, step: int, **values) -> None:
         # JSON has no infinity and no NaN.
@@ -231,6 +283,7 @@ class Writer:
         self._log(
             f"stage {self._stage}  step {step}/{self._total}  {'  '.join(shown)}  lr {values['learning_rate']:.3g}"
         )
+        self._growing.copy(now=False)
 
     def _timing(self, step: int, lap: Lap) -> dict[str, float]:
         rate, cost = lap.tokens / lap.seconds, self._cost
@@ -278,10 +331,13 @@ class Writer:
             self._log(f"  sample: {text!r}")
 
     def flush(self) -> None:
-        """Everything so far is on disk: before a checkpoint of the same step is committed."""
+        """Everything so far is on disk, or in the bucket: before a checkpoint of the same step is committed."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
+        if self._active:
+            self._events.flush()
+            self._growing.copy()
 
     def close(self) -> None:
         if self._active:
@@ -289,3 +345,4 @@ class Writer:
             for file in self._files.values():
                 file.close()
             self._events.close()
+            self._growing.close()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import traverse_util
 
 from cola_jax import config as configs
@@ -63,19 +64,21 @@ def fetched(path: str | Path, field: str, step: int | None = None) -> Path:
     if not paths.scheme(path):
         return Path(path)
     url = str(path).rstrip("/")
-    names, stage = paths.listed(url, field), ""
+    names, steps, stage = paths.listed(url, field), [], ""
     if any(name.isdigit() for name in names):  # of a stage
-        (url, _, stage), steps = url.rpartition("/"), names
+        steps = names
+        url, _, stage = url.rpartition("/")
         inside = stage
     else:
-        inside, steps = "", []
+        inside = ""
         for name in sorted((name for name in names if name.startswith("stage")), reverse=True):
             stage, steps = name, paths.listed(f"{url}/{name}", field)
             if any(step.isdigit() for step in steps):
                 break
-    numbers = sorted(int(name) for name in steps if name.isdigit())
-    if numbers:
-        newest = _steps_to_try(Path(url.rpartition("/")[2]) / stage, numbers[::-1], step)[0]
+    if numbers := sorted((int(name) for name in steps if name.isdigit()), reverse=True):
+        with paths.reaching(path, field):  # of a released model that was converted no step has the mark of its end
+            numbers = verified.step_directories(epath.Path(f"{url}/{stage}")) or numbers
+        newest = _steps_to_try(Path(url.rpartition("/")[2]) / stage, numbers, step)[0]
         folders = {(stage, str(newest))}
     else:
         folders = {(name,) for name in names if name in _RELEASED_PARTS}

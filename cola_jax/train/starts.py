@@ -6,19 +6,18 @@ memory, and says so in one line.
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
 from cola_jax import config as configs
-from cola_jax import families, nested
+from cola_jax import families, nested, paths
 from cola_jax.config import Config
 from cola_jax.train import workdir as workdirs
+from cola_jax.types import Place
 
 FILE = "starts.jsonl"
 # What computes, compiles, saves and orders the data; jax's plugins for GPUs have the CUDA version in their names.
@@ -38,7 +37,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
-def record(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
+def record(config: Config, workdir: Place, log: Callable[[str], None]) -> None:
     """Notes this start in the directory of a run that was claimed; tells what is not as it was at the last one.
 
     In process 0 alone.
@@ -63,14 +62,12 @@ def record(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
         log(f"warning: other versions than at the last start: {shown}; results may differ by rounding")
     if before is not None and (changed := nested.differences(before["changed"], now["changed"])):
         log(f"since the last start: {', '.join(map(str, changed))} (absent: as in config.json)")
-    torn = (workdir / FILE).exists() and not (workdir / FILE).read_bytes().endswith(b"\n")
-    with open(workdir / FILE, "a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(now) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    noted = (workdir / FILE).read_bytes() if (workdir / FILE).exists() else b""
+    torn = noted and not noted.endswith(b"\n")
+    paths.write_atomically(workdir / FILE, noted + b"\n" * bool(torn) + json.dumps(now).encode() + b"\n")
 
 
-def last(workdir: Path) -> dict | None:
+def last(workdir: Place) -> dict | None:
     """What the last start noted; None if there was none, or its line was torn."""
     path = workdir / FILE
     for line in reversed(path.read_text().splitlines() if path.exists() else []):
@@ -83,7 +80,7 @@ def last(workdir: Path) -> dict | None:
     return None
 
 
-def _changes(config: Config, workdir: Path) -> list[nested.Difference]:
+def _changes(config: Config, workdir: Place) -> list[nested.Difference]:
     default = configs.to_dict(families.get(config.family).config())
     saved = nested.filled(families.upgraded(workdirs.read_config(workdir)), json.loads(json.dumps(default)))
     now = json.loads(json.dumps(configs.to_dict(config)))

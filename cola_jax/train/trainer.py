@@ -8,7 +8,6 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from cola_jax.train import state as states
 from cola_jax.train import step as steps
 from cola_jax.train.experiment import Experiment, data_seed
 from cola_jax.train.interrupts import Interrupted
-from cola_jax.types import Params, PyTree, UserError
+from cola_jax.types import Params, Place, PyTree, UserError
 
 # (stage from 1, step, variables) -> texts
 Sampler = Callable[[int, int, Params], list[str]]
@@ -38,7 +37,7 @@ class NonFiniteLoss(Exception):
 class Monitors(contextlib.ExitStack):
     """What watches the steps of a run: signals, the watchdog, the profiler (of the stage ``profiled``)."""
 
-    def __init__(self, config: Config, workdir: Path, profile_steps: tuple[int, int] | None, profiled: int):
+    def __init__(self, config: Config, workdir: Place, profile_steps: tuple[int, int] | None, profiled: int):
         super().__init__()
         self.signals = interrupts.Signals()
         self.watchdog = interrupts.Watchdog(config.train.hang_timeout)
@@ -67,7 +66,7 @@ class Trainer:
         self,
         experiment: Experiment,
         index: int,
-        workdir: Path,
+        workdir: Place,
         mesh: Mesh,
         monitors: Monitors,
         log: Log,

@@ -17,11 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
+from cola_jax import paths
 from cola_jax.train import distributed, interrupts
-from cola_jax.types import TemporaryError, UserError
+from cola_jax.types import Place, TemporaryError, UserError
 
 _FILES = "files.json"
+_COMMITTED = "commit_success.txt"  # Orbax's last file of a step
 # Larger files hold arrays, which have hashes: reading them once more would double the time of a restore.
 _LARGEST_SUMMED = 64 * 2**20
 
@@ -66,15 +69,21 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def step_directories(directory: Path) -> list[int]:
-    """The steps saved under a stage's directory, newest first."""
+def step_directories(directory: Place) -> list[int]:
+    """The steps saved under a stage's directory, newest first.
+
+    In a bucket, where a directory has its name from its first file on, those that were saved to their end.
+    """
     if not directory.is_dir():
         return []
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    if paths.scheme(directory):
+        found = [path for path in found if (path / _COMMITTED).exists()]
+    return sorted((int(path.name) for path in found), reverse=True)
 
 
 def newest_valid(
-    directory: Path,
+    directory: Place,
     load: Callable[[Path], Any],
     report: Callable[[str], None],
     verify: Callable[[Any], str | None] = lambda _: None,
@@ -131,7 +140,7 @@ def newest_valid(
         sys.unraisablehook = hook
 
 
-def read_meta(path: Path) -> dict:
+def read_meta(path: Place) -> dict:
     """The description of the step at ``path``, which has a checksum of itself; raises if it is damaged."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         meta = checkpointer.restore(path / "meta")
@@ -140,7 +149,7 @@ def read_meta(path: Path) -> dict:
     return meta["body"]
 
 
-def read_arrays(path: Path, target: dict[str, jax.ShapeDtypeStruct], partial: bool = False) -> dict[str, jax.Array]:
+def read_arrays(path: Place, target: dict[str, jax.ShapeDtypeStruct], partial: bool = False) -> dict[str, jax.Array]:
     """The arrays of one item of a step by name, not yet verified; raises if a file is damaged.
 
     Each process reads what its own devices hold. The handler alone: a `Checkpointer` would then wait for the other
@@ -166,18 +175,21 @@ def mismatch(items: dict[str, dict[str, jax.Array]], expected: dict[str, dict[st
     return None
 
 
-def _file_sums(directory: Path, skip: str) -> dict[str, list[int]]:
+def _file_sums(directory: Place, skip: str) -> dict[str, list[int]]:
     """Size and checksum of every file of the items under a step, by its path; a checksum of -1 was not computed."""
     found = {}
-    for path in sorted(directory.glob("*/**/*")):
-        name = path.relative_to(directory)
-        if path.is_file() and name.parts[0] != skip:
-            size = path.stat().st_size
+    for name, path in paths.files(directory):
+        if len(name.parts) > 1 and name.parts[0] != skip:
+            size = _size(path)
             found[name.as_posix()] = [size, zlib.crc32(path.read_bytes()) if size <= _LARGEST_SUMMED else -1]
     return found
 
 
-def check_files(path: Path) -> None:
+def _size(path: Place) -> int:
+    return epath.Path(path).stat().length
+
+
+def check_files(path: Place) -> None:
     """Raises ValueError that names a file of a step that is not as it was when the step was committed.
 
     Each process looks at its share of the files; `newest_valid` has all of them agree.
@@ -191,8 +203,8 @@ def check_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if _size(file) != size:
+            raise ValueError(f"{name} has {_size(file)} bytes instead of {size}")
         if sum_ >= 0 and zlib.crc32(file.read_bytes()) != sum_:
             raise ValueError(f"{name} does not match its checksum")
 
@@ -208,7 +220,7 @@ class FilesHandler(ocp.CheckpointHandler):
 
     def finalize(self, directory: os.PathLike) -> None:
         """In process 0, when the other items have their final names (Orbax: in the order of their registration)."""
-        place = Path(directory)
+        place = epath.Path(directory)
         files = _file_sums(place.parent, place.name)
         (place / _FILES).write_text(json.dumps({"files": files, "checksum": checksum(files)}))
 

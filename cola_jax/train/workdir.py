@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 import json
-from pathlib import Path
 
 import jax
 
@@ -11,7 +10,7 @@ from cola_jax import config as configs
 from cola_jax import families, nested, paths
 from cola_jax.config import Config
 from cola_jax.train import distributed
-from cola_jax.types import UserError
+from cola_jax.types import Place, UserError
 
 # How a run is computed, watched, kept and evaluated: these may change from one start to the next, so that a run can
 # move to other devices. All of them leave what is computed as it is, but for rounding.
@@ -38,7 +37,7 @@ def is_free(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FREE_FIELDS)
 
 
-def claim(config: Config, workdir: Path) -> None:
+def claim(config: Config, workdir: Place) -> None:
     """Writes `config.json`, or checks that the run in this directory has the same config.
 
     These may differ (`is_free`): the devices and how they are used (mesh, accumulation, what is computed again,
@@ -52,7 +51,7 @@ def claim(config: Config, workdir: Path) -> None:
     distributed.first(functools.partial(_claim, config, workdir))
 
 
-def read_config(workdir: Path) -> dict:
+def read_config(workdir: Place) -> dict:
     """The config of the run in a directory, as its `config.json` holds it.
 
     Raises:
@@ -65,14 +64,14 @@ def read_config(workdir: Path) -> dict:
         raise UserError(f"{path}: not a JSON file ({error}); it must be the file that the run wrote") from error
 
 
-def _claim(config: Config, workdir: Path) -> None:
+def _claim(config: Config, workdir: Place) -> None:
     now = json.loads(json.dumps(configs.to_dict(config)))
-    begun = any(path.name not in ("config.json", "starts.jsonl") for path in workdir.glob("*"))
+    begun = any(name not in ("config.json", "starts.jsonl") for name in paths.listed(workdir, "--workdir"))
     if (workdir / "config.json").exists() and (begun or jax.process_index() > 0):
         _check(read_config(workdir), now, workdir)
     elif jax.process_index() == 0:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            paths.make(workdir)
             paths.write_atomically(workdir / "config.json", json.dumps(now, indent=2).encode() + b"\n")
         except OSError as error:
             reason = error.strerror or error
@@ -81,7 +80,7 @@ def _claim(config: Config, workdir: Path) -> None:
         raise UserError(f"--workdir = {workdir}: must be a directory that all processes see")
 
 
-def _check(saved: dict, now: dict, workdir: Path) -> None:
+def _check(saved: dict, now: dict, workdir: Place) -> None:
     """Raises UserError for fields that differ; one that did not exist when the run began had today's default."""
     saved = families.upgraded(saved)
     family = saved["family"]

@@ -1,12 +1,15 @@
 """Kills and stops runs of the toy at random moments and damages their checkpoints: nothing may be lost.
 
     python tests/system/chaos.py --kills=100 --stops=40 --corruptions=100 --processes=1,2
+    python tests/system/chaos.py --kills=100 --stops=40 --corruptions=0 --processes=1 --bucket
 
 A run that was killed, or stopped by SIGTERM at one of its processes, ends like one that was not: parameters,
 optimizer, moving average and position in the data by their hashes, metrics and samples byte by byte. SIGTERM saves
 within a few steps, in all processes. A damaged newest checkpoint is reported, and the one before is restored bit for
-bit. The toy (tests/train) stands for the model, because a start of the real program takes longer than its steps; loop,
-checkpoints, metrics, processes and prepared data are the real ones. Prints counts; any failure is an exception.
+bit. With --bucket the runs that are killed are in a bucket, of a server that stands for Google's, and must end like
+the one on the disk. The toy (tests/train) stands for the model, because a start of the real program takes longer than
+its steps; loop, checkpoints, metrics, processes and prepared data are the real ones. Prints counts; any failure is an
+exception.
 """
 
 import multiprocessing
@@ -20,9 +23,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from etils import epath
+
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "train")]
-STEPS, REPORTS = 80, ("metrics.jsonl", "samples.jsonl")
+
+import fake_gcs  # noqa: E402
+
+STEPS, REPORTS = 80, ("metrics", "samples")
+_BUCKET = fake_gcs.Store()
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -47,7 +56,7 @@ def _join(workdir: Path, index: int, count: int, port: int) -> None:
         distributed.initialize(f"127.0.0.1:{port}", count, index, timeout=120)
 
 
-def _train(workdir: Path, index: int, count: int, port: int) -> None:
+def _train(workdir: Path, index: int, count: int, port: int, directory: str = "") -> None:
     _join(workdir, index, count, port)
     import toy_run
 
@@ -56,7 +65,7 @@ def _train(workdir: Path, index: int, count: int, port: int) -> None:
     config = _settings(count)
     try:
         data = workdir.parent / "data"
-        loop.train(config, workdir, toy_run.prepared_experiment(config, data), toy_run.sampler)
+        loop.train(config, directory or workdir, toy_run.prepared_experiment(config, data), toy_run.sampler)
     except interrupts.Interrupted as error:
         sys.exit(error.status)
 
@@ -87,9 +96,11 @@ def _wait_for_a_moment(started: list, workdir: Path, draw: random.Random) -> boo
     stages = [workdir / "stage1", workdir / "stage2"]
 
     def names() -> set:
-        return {path for stage in stages for path in stage.glob("*")}
+        # A checkpoint of the toy has some fifty objects in a bucket.
+        return {path for stage in stages for path in stage.glob("*")} | {*_BUCKET.names(f"{workdir.name}/stage")}
 
-    seen, wait, deadline = names(), draw.randint(1, 4), time.monotonic() + draw.uniform(0.5, 6.0)
+    most = 200 if _BUCKET.requests else 4
+    seen, wait, deadline = names(), draw.randint(1, most), time.monotonic() + draw.uniform(0.5, 6.0)
     at_commit = draw.random() < 0.7
     while all(process.is_alive() for process in started):
         new = names() - seen  # a checkpoint that is being written, or has just been committed
@@ -147,7 +158,8 @@ def _assert_same(workdir: Path, whole: Path) -> None:
     from cola_jax.train import verified
 
     for name in REPORTS:
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), f"{workdir / name} differs"
+        written = b"".join(path.read_bytes() for path in sorted(workdir.glob(f"{name}*.jsonl")))
+        assert written == (whole / f"{name}.jsonl").read_bytes(), f"{workdir / name} differs"
     for stage in ("stage1", "stage2"):
         bodies = [verified.read_meta(run / stage / str(STEPS)) for run in (workdir, whole)]
         assert bodies[0] == bodies[1], f"{workdir / stage} differs"
@@ -160,18 +172,21 @@ def _undisturbed(place: Path, count: int) -> Path:
     return whole
 
 
-def interruptions(place: Path, interrupt: Callable, number: int, count: int, draw: random.Random) -> None:
+def interruptions(
+    place: Path, interrupt: Callable, number: int, count: int, draw: random.Random, bucket: bool = False
+) -> None:
     """So many SIGKILLs or SIGTERMs (`_kill`, `_stop`) of runs of ``count`` processes, each followed by a restart."""
     whole, name, done, runs = _undisturbed(place, count), interrupt.__name__.strip("_"), 0, 0
     while done < number:
         workdir = place / f"{name}{count}-{runs}"
+        directory = epath.Path(f"gs://bucket/{workdir.name}" if bucket else workdir)
         for _ in range(min(20, number - done)):
-            if not interrupt(_start(_train, workdir, count), workdir, draw):
+            if not interrupt(_start(_train, workdir, count, str(directory)), workdir, draw):
                 break
             done += 1
-        _wait(_start(_train, workdir, count), f"{workdir}, to its end")
-        _assert_same(workdir, whole)
-        shutil.rmtree(workdir)
+        _wait(_start(_train, workdir, count, str(directory)), f"{directory}, to its end")
+        _assert_same(directory, whole)
+        directory.rmtree()
         runs += 1
         print(f"{count} processes: {name}s {done}, runs {runs}", flush=True)
 
@@ -219,7 +234,7 @@ def _corrupt(workdir: Path, index: int, count: int, port: int, source: Path, num
     for turn in range(number):
         place, said = workdir / str(turn), []
         if index == 0:
-            shutil.copytree(source, place, ignore=shutil.ignore_patterns("rejected"))
+            shutil.copytree(source, place)
             what = _damage(place / str(STEPS), draw)
             kinds[what.split(" ")[0]] = kinds.get(what.split(" ")[0], 0) + 1
         together(f"damaged {turn}")
@@ -274,18 +289,22 @@ def main(argv: list[str]) -> None:
     counts = flags.DEFINE_list("processes", ["1", "2"], "numbers of processes of a run")
     seed = flags.DEFINE_integer("seed", 0, "of moments and damages")
     workdir = flags.DEFINE_string("workdir", "/tmp/chaos", "an empty directory for the runs")
+    bucket = flags.DEFINE_boolean("bucket", False, "runs are in a bucket")
     flags.FLAGS(argv)
-    prepare()
-    place, started = Path(workdir.value).absolute(), time.monotonic()
-    place.mkdir(parents=True, exist_ok=True)
-    write_data(place)
-    numbers = list(map(int, counts.value))
-    for position, count in enumerate(numbers):
-        share = kill_count.value if len(numbers) == 1 else kill_count.value * (3 if position == 0 else 1) // 4
-        interruptions(place, _kill, share, count, random.Random(seed.value + count))
-        interruptions(place, _stop, stop_count.value, count, random.Random(seed.value + count))
-        if damage_count.value:
-            corruptions(place, damage_count.value, count, seed.value)
+    with fake_gcs.serving(_BUCKET) as variables:
+        if bucket.value:
+            os.environ.update(variables)
+        prepare()
+        place, started = Path(workdir.value).absolute(), time.monotonic()
+        place.mkdir(parents=True, exist_ok=True)
+        write_data(place)
+        numbers = list(map(int, counts.value))
+        for position, count in enumerate(numbers):
+            share = kill_count.value if len(numbers) == 1 else kill_count.value * (3 if position == 0 else 1) // 4
+            interruptions(place, _kill, share, count, random.Random(seed.value + count), bucket.value)
+            interruptions(place, _stop, stop_count.value, count, random.Random(seed.value + count), bucket.value)
+            if damage_count.value:
+                corruptions(place, damage_count.value, count, seed.value)
     seconds = time.monotonic() - started
     stopped, damaged = stop_count.value * len(numbers), damage_count.value * len(numbers)
     done = f"{kill_count.value} kills, {stopped} stops, {damaged} corruptions"

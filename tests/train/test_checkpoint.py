@@ -109,7 +109,10 @@ def test_damaged_newest_steps_are_passed_over(toy, tmp_path, item):
     assert step == 1 and same_bits(restored, at(state, 1))
     assert len(said) == 3 and not any("\n" in line for line in said)
     for number, line in zip((4, 3, 2), said, strict=True):
-        assert str(tmp_path / str(number)) in line and (tmp_path / "rejected" / f"{number}-1").is_dir()
+        assert (
+            str(tmp_path / str(number)) in line
+            and (tmp_path.parent / "rejected" / f"{tmp_path.name}-{number}-1").is_dir()
+        )
     save(manager, state, 2)  # the run comes by here again
     assert manager.restore(target)[0] == 2
     manager.close()
@@ -134,7 +137,7 @@ def test_a_step_that_cannot_be_read_now_is_not_set_aside(toy, tmp_path, monkeypa
             manager.restore(target)
     else:
         assert manager.restore(target)[0] == restored
-    assert (tmp_path / "rejected").exists() == (restored is not None)
+    assert any(tmp_path.parent.glob(f"rejected/{tmp_path.name}-*")) == (restored is not None)
     manager.close()
 
 
