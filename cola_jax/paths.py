@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ _BACKENDS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash is left where pathlib has had it
 # Orbax and other processes write there too, which a kept listing would not show.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is then said in one line
 
 StrPath = str | os.PathLike
 

@@ -66,8 +66,10 @@ def read_config(workdir: Place) -> dict:
 
 def _claim(config: Config, workdir: Place) -> None:
     now = json.loads(json.dumps(configs.to_dict(config)))
-    begun = any(name not in ("config.json", "starts.jsonl") for name in paths.listed(workdir, "--workdir"))
-    if (workdir / "config.json").exists() and (begun or jax.process_index() > 0):
+    with paths.reaching(workdir, "--workdir"):
+        begun = any(name not in ("config.json", "starts.jsonl") for name in paths.listed(workdir, "--workdir"))
+        is_there = (workdir / "config.json").exists()
+    if is_there and (begun or jax.process_index() > 0):
         _check(read_config(workdir), now, workdir)
     elif jax.process_index() == 0:
         try:
