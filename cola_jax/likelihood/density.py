@@ -52,14 +52,14 @@ def block_velocity(
 
     Args:
       model, params: the prior.
-      cache: keys and values [layers, S, H, C] of the sequence's clean latents.
+      cache: keys and values [layers, H, S, C] of the sequence's clean latents.
       index: of the block.
       real: positions that are not padding.
       pinned: positions that are data, at time 0.
     """
     size = model.dit_config.block_size
     cache = jax.tree.map(lambda x: x[:, None], cache)
-    earlier = (jnp.arange(cache[0].shape[2]) < index * size)[None]
+    earlier = (jnp.arange(cache[0].shape[-2]) < index * size)[None]
     positions = (index * size + jnp.arange(size))[None]
 
     def velocity(z, t):

@@ -70,7 +70,7 @@ class Autoregressive(nn.Module):
         return self.transformer.reduced_logits(hidden, tokens, reduce)
 
     def prefill(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KV:
-        """Keys (after RoPE) and values [layers, B, T, H, C] of the positions of prompts: the start of a cache.
+        """Keys (after RoPE) and values [layers, B, H, T, C] of the positions of prompts: the start of a cache.
 
         The last token of a prompt is read by the position behind it, the first one of `extend`.
 
@@ -92,7 +92,7 @@ class Autoregressive(nn.Module):
         Args:
           before: the token before each position; V at the start of a sequence.
           positions: index of each in its sequence.
-          cache: keys and values [layers, B, S, H, C] of earlier positions.
+          cache: keys and values [layers, B, H, S, C] of earlier positions.
           cache_mask: True where the cache holds an earlier position of the sequence.
         """
         config, length = self.config, before.shape[1]

@@ -215,7 +215,7 @@ class BlockCausalDiT(nn.Module):
     def prefill(
         self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"], plan: BlockPlan | None = None
     ) -> tuple:
-        """Keys and values [layers, B, N, H, C] of clean latents: the start of a cache (see `extend`)."""
+        """Keys and values [layers, B, H, N, C] of clean latents: the start of a cache (see `extend`)."""
         return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids, plan)[1]
 
     def _sequence(self, latents, times, pinned, segment_ids, plan, estimate=None):
@@ -333,8 +333,8 @@ class BlockCausalDiT(nn.Module):
           time: flow time of the latents that are not pinned, of all sequences or of each; with ``modulations``,
             its index in their grid.
           positions: index of each latent in its sequence.
-          cache: keys (after norm and RoPE) and values [layers, B, S, H, C] of clean latents; where layers are
-            not stacked, a pair [B, S, H, C] for each.
+          cache: keys (after norm and RoPE) and values [layers, B, H, S, C] of clean latents; where layers are
+            not stacked, a pair [B, H, S, C] for each.
           cache_mask: True where the cache holds a latent that the N latents may see.
           own_mask: who sees whom among the N latents (`visibility.block_causal`); None: N = Q, they are one block.
           pinned: latents at time 0.

@@ -88,7 +88,7 @@ class DiTLayer(nn.Module):
             y = attention.attend_row(q, k, v, context.layout)
         else:
             y = attention.attend_cached(q, k, v, cache, context.history_mask, context.own_mask)
-        return y.reshape(*x.shape[:2], -1), (k, v)
+        return y.reshape(*x.shape[:2], -1), attention.kept(k, v)
 
 
 def clean_positions(x: Array, context: DiTContext) -> int:

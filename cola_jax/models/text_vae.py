@@ -153,7 +153,7 @@ class VAELayer(nn.Module):
         else:
             y = attention.attend_cached(q, k, v, history, context.history_mask, context.own_mask)
         out = Linear((config.dim,), ("heads", "embed"), use_bias=config.bias, dtype=self.dtype, name="attn_out_proj")
-        return out(y.reshape(x.shape)), (k, v)
+        return out(y.reshape(x.shape)), attention.kept(k, v)
 
     def _mlp(self, x):
         config, gated = self.config, self.config.activation == "swiglu"
@@ -294,7 +294,7 @@ class TextVAE(nn.Module):
     def decode_prompt(
         self, latents: Float[Array, "B N D"], segment_ids: Int[Array, "B N"], plan: BlockPlan | None = None
     ) -> KV:
-        """Keys and values [layers, B, N, H, C] of a sequence's first latents: the start of a cache."""
+        """Keys and values [layers, B, H, N, C] of a sequence's first latents: the start of a cache."""
         return self.decoder(latents, _context(self.config, latents.shape[1], segment_ids, plan))[1]
 
     def decode_next(
@@ -309,7 +309,7 @@ class TextVAE(nn.Module):
 
         Args:
           latents: normalised; whole blocks.
-          cache: keys and values [layers, B, S, H, C] of earlier latents.
+          cache: keys and values [layers, B, H, S, C] of earlier latents.
           cache_mask: True where the cache holds an earlier latent.
           positions: index of each latent in its sequence.
           plan: blocks of these latents; None: as in `encode`.

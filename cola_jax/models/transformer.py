@@ -106,7 +106,7 @@ class TransformerLayer(nn.Module):
         else:
             y = attention.attend_cached(q, k, v, history, context.history_mask, context.own_mask)
         out = self._linear("out", (config.dim,), ("heads", "embed"))
-        return out(y.reshape(*x.shape[:2], math.prod(heads))), (k, v)
+        return out(y.reshape(*x.shape[:2], math.prod(heads))), attention.kept(k, v)
 
     def _mlp(self, x):
         config = self.config
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         self.head = VocabularyHead(config.dim, config.vocab_size, False, self.dtype, *chunk)
 
     def hidden(self, ids: Int[Array, "B N"], context: TransformerContext, cache: KV | None = None):
-        """Normalised states [B, N, C], and keys and values [layers, B, N, H, C] of the positions."""
+        """Normalised states [B, N, C], and keys and values [layers, B, H, N, C] of the positions."""
         is_extra = (ids == self.config.vocab_size)[..., None]
         x = jnp.take(self.wte.astype(self.dtype), jnp.minimum(ids, self.config.vocab_size - 1), axis=0)
         x = jnp.where(is_extra, self.extra_vector.astype(self.dtype)[None, None], x)

@@ -183,10 +183,15 @@ def attend_history(
 
     Args:
       q, k, v: queries, and the keys and values of the same positions.
-      history: keys and values of the clean latents, or of a cache.
+      history: keys and values of the clean latents.
       history_mask: True where a query may see a history position.
       block_mask: True where a query may see a position of its own block.
     """
+    return _attend_history(q, k, v, history, history_mask, block_mask, "bmhc")
+
+
+def _attend_history(q, k, v, history, history_mask, block_mask, axes: str):
+    """`attend_history`; ``axes`` of the history's keys and values."""
     batch, length, heads, channels = q.shape
     groups, block = block_mask.shape[1:3]
     history_k, history_v = history
@@ -195,25 +200,35 @@ def attend_history(
         return x.reshape(batch, groups, block, heads, channels)
 
     q = _scaled(q)
-    past = _logits(q, history_k, history_mask[:, None], "bnhc,bmhc->bhnm")
+    past = _logits(q, history_k, history_mask[:, None], f"bnhc,{axes}->bhnm")
     own = _logits(split(q), split(k), block_mask[:, None], "bgihc,bgjhc->bhgij")
     (past, own), total = _softmax([past, own.reshape(batch, heads, length, block)], v.dtype)
     own = own.reshape(batch, heads, groups, block, block)
     out = _weighted(own, split(v), "bhgij,bgjhc->bgihc").reshape(q.shape)
-    return _divided(out + _weighted(past, history_v, "bhnm,bmhc->bnhc"), total, v.dtype)
+    return _divided(out + _weighted(past, history_v, f"bhnm,{axes}->bnhc"), total, v.dtype)
+
+
+def kept(
+    k: Float[Array, "B N H C"], v: Float[Array, "B N H C"]
+) -> tuple[Float[Array, "B H N C"], Float[Array, "B H N C"]]:
+    """Keys and values as a cache keeps them: each head's positions lie together, as `attend_cached` reads them."""
+    return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
 def attend_cached(
     q: Float[Array, "B Q H C"],
     k: Float[Array, "B Q H C"],
     v: Float[Array, "B Q H C"],
-    history: tuple[Float[Array, "B M H C"], Float[Array, "B M H C"]],
+    history: tuple[Float[Array, "B H M C"], Float[Array, "B H M C"]],
     history_mask: Bool[Array, "#B N M"],
     own_mask: Bool[Array, "#B 1 N N"],
 ) -> Float[Array, "B Q H C"]:
-    """The first N queries attend to [history | each other]; those behind them are one block without history."""
+    """The first N queries attend to [history | each other]; those behind them are one block without history.
+
+    The history is as it was `kept`.
+    """
     seen = history_mask.shape[1]
-    out = attend_history(q[:, :seen], k[:, :seen], v[:, :seen], history, history_mask, own_mask)
+    out = _attend_history(q[:, :seen], k[:, :seen], v[:, :seen], history, history_mask, own_mask, "bhmc")
     if seen == q.shape[1]:
         return out
     return jnp.concatenate([out, attend(q[:, seen:], k[:, seen:], v[:, seen:])], axis=1)

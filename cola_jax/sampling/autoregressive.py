@@ -130,7 +130,7 @@ def _noted(noted: LogProbs, logits, token, rows, place) -> LogProbs:
 def _advance(plan: Plan, params: Params, state: State, noting=False) -> State:
     """Generates the next token of every sequence that is not done; ``noting`` its log-probabilities, where kept."""
     settings, rows = plan.settings, jnp.arange(state.done.shape[0])
-    earlier = jnp.arange(state.cache[0].shape[2])[None] < state.position[:, None]
+    earlier = jnp.arange(state.cache[0].shape[3])[None] < state.position[:, None]
     logits, kv = plan.model.apply(
         params, state.before[:, None], state.position[:, None], state.cache, earlier, method="extend"
     )

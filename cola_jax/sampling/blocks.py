@@ -46,7 +46,7 @@ class State(NamedTuple):
     block: Array  # [B], blocks generated so far
     previous: Array  # [B, K, D], the block before the next one, which the prior's cache does not hold yet
     prior: tuple  # the DiT's cache
-    decoder: tuple  # the decoder's cache, [layers, B, S, H, C]
+    decoder: tuple  # the decoder's cache, [layers, B, H, S, C]
     tokens: Array  # [B, G, K * P]
     latents: Array  # [B, G, K, D]
     seen: Array  # [B, V], tokens generated so far

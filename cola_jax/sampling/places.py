@@ -1,6 +1,6 @@
 """The places of a batch: sequences join it, leave it and move in it.
 
-A batch is a tree whose leaves begin with the sequences; stacked caches [layers, B, S, H, C] do with their second axis.
+A batch is a tree whose leaves begin with the sequences; stacked caches [layers, B, H, S, C] do with their second axis.
 """
 
 import functools

@@ -74,7 +74,7 @@ def _empty(plan: Plan, params: Params, batch: int, width: int) -> tuple:
 def _read(plan: Plan, params: Params, cache: tuple, before, begin) -> tuple:
     """The cache with the positions from ``begin`` on, each of which reads the token before it."""
     positions = jnp.broadcast_to(begin + jnp.arange(before.shape[1]), before.shape)
-    earlier = jnp.arange(cache[0].shape[2])[None] < positions[:, :1]
+    earlier = jnp.arange(cache[0].shape[3])[None] < positions[:, :1]
     _, new = plan.model.apply(params, before, positions, cache, earlier, method="extend")
     return caches.commit(cache, new, positions[:, 0])
 

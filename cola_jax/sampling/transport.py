@@ -140,7 +140,7 @@ class GuidedPrior(NamedTuple):
         time = jnp.asarray(self.plan.times)[0] if self.precomputed.modulations is None else jnp.int32(0)
         estimate = self.no_estimate(latents if z is None else z)
         v, output, kv = self._extend(cache, latents, time, positions, pinned, earlier, own, guided, estimate)
-        new = jax.tree.map(lambda x: x[..., :size, :, :], kv)
+        new = jax.tree.map(lambda x: x[..., :size, :], kv)
         cache = caches.commit(cache, new, positions[:, 0])
         return cache, (None if z is None else (jnp.where(self.pinned[..., None], 0.0, v), output))
 

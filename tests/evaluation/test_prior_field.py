@@ -52,7 +52,7 @@ class Gaussian(ColaDLM):
         return self._field(latents, jnp.repeat(times, latents.shape[1] // times.shape[1], axis=1)[..., None])
 
     def history(self, latents, segment_ids, plan=None):
-        return (latents[None, :, :, None], latents[None, :, :, None])
+        return (latents[None, :, None], latents[None, :, None])
 
     def extend(self, z, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None, plan=None):
         return self._field(z, jnp.reshape(time, (-1, 1, 1))), None

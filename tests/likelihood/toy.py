@@ -40,10 +40,10 @@ class Toy(ColaDLM):
         return latents * jnp.asarray(slope, latents.dtype)[None, None] + jnp.asarray(offset, latents.dtype)[None, None]
 
     def history(self, latents, segment_ids):
-        return (latents[None, :, :, None], latents[None, :, :, None])
+        return (latents[None, :, None], latents[None, :, None])
 
     def extend(self, z, time, positions, cache, cache_mask, own_mask=None, pinned=None, modulations=None):
-        before = jnp.sum(jnp.where(cache_mask[..., None], cache[0][0, :, :, 0], 0.0), axis=1, keepdims=True)
+        before = jnp.sum(jnp.where(cache_mask[..., None], cache[0][0, :, 0], 0.0), axis=1, keepdims=True)
         mean, t = SLOPE * self.informative * before, jnp.reshape(time, (-1, 1, 1))
         spread = (1 - t) ** 2 * SPREAD**2 + t**2
         return (t - (1 - t) * SPREAD**2) / spread * (z - (1 - t) * mean) - mean, None

@@ -115,17 +115,17 @@ def test_the_cache_gives_what_the_whole_row_gives(piece, changes):
     real = jnp.asarray(np.arange(5)[None] < lengths[:, None], jnp.int32)
     prompts = jnp.where(real > 0, row[:, :5], 30)  # padding is not seen
     cache = apply(model, params, prompts, real, method="prefill")
-    k, v = (np.pad(x, ((0, 0), (0, 0), (0, total), (0, 0), (0, 0)), constant_values=9.0) for x in cache)
+    k, v = (np.pad(x, ((0, 0), (0, 0), (0, 0), (0, total), (0, 0)), constant_values=9.0) for x in cache)
     for begin in range(0, total, piece):
         positions = lengths[:, None] + np.arange(begin, begin + piece)[None]
         before = np.take_along_axis(np.asarray(row), np.maximum(positions - 1, 0), axis=1)
         before = jnp.asarray(np.where(positions > 0, before, VOCAB))
-        earlier = jnp.asarray(np.arange(k.shape[2])[None] < positions[:, :1])
+        earlier = jnp.asarray(np.arange(k.shape[3])[None] < positions[:, :1])
         arguments = (before, jnp.asarray(positions), (jnp.asarray(k), jnp.asarray(v)), earlier)
         logits, new = apply(model, params, *arguments, method="extend")
         assert_close(logits, whole[np.arange(3)[:, None], positions], 1e-5)
         for b, place in enumerate(positions):
-            k[:, b, place], v[:, b, place] = new[0][:, b], new[1][:, b]
+            k[:, b, :, place], v[:, b, :, place] = (np.moveaxis(x[:, b], 2, 0) for x in new)
 
 
 def test_every_matrix_and_no_vector_decays_and_every_axis_has_a_rule():

@@ -104,7 +104,7 @@ def test_cached_blocks_equal_the_training_layout():
     model, params = create(**MODEL)
     prefilled = apply(model, params, CLEAN, jnp.ones((2, LENGTH), jnp.int32), plan=PLAN, method="history")
     held = jnp.broadcast_to(jnp.arange(LENGTH)[None] < 2, (2, LENGTH))
-    cache = jax.tree.map(lambda x: jnp.where(held[None, :, :, None, None], x, 7.0), prefilled)
+    cache = jax.tree.map(lambda x: jnp.where(held[None, :, None, :, None], x, 7.0), prefilled)
     block = NOISY[:, 2:9]
     dropped = jnp.zeros((2, 6), bool).at[:, 4].set(True)
     noisy = jnp.concatenate([NOISY[:, :LENGTH]] * 2, axis=1)

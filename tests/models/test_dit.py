@@ -181,7 +181,7 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
     start = jnp.array([BLOCK, 2 * BLOCK])
     filled = jnp.arange(LENGTH)[None] < start[:, None]
     # What is not committed must not matter: rubbish is there.
-    cache = jax.tree.map(lambda x: jnp.where(filled[:, :, None, None], x, 7.0), prefilled)
+    cache = jax.tree.map(lambda x: jnp.where(filled[:, None, :, None], x, 7.0), prefilled)
     positions = start[:, None] + jnp.arange(BLOCK)[None]
 
     def block(x):
@@ -191,9 +191,9 @@ def test_cached_blocks_equal_the_training_layout(stacked, options):
     clean, new, _ = extend(block(CLEAN), jnp.zeros(()), positions, cache, filled, pinned=jnp.ones((2, BLOCK), bool))
     assert_close(clean, block(whole(CLEAN, jnp.zeros((2, BLOCKS)), options=options)), 1e-5)
     for ours, all_at_once in zip(jax.tree.leaves(new), jax.tree.leaves(prefilled), strict=True):
-        index = jnp.expand_dims(positions, (-2, -1))
+        index = jnp.expand_dims(positions, (1, 3))
         index = index if all_at_once.ndim == 4 else index[None]
-        assert_close(ours, jnp.take_along_axis(all_at_once, index, axis=-3), 1e-5)
+        assert_close(ours, jnp.take_along_axis(all_at_once, index, axis=-2), 1e-5)
     times = jnp.take_along_axis(TIMES, start[:, None] // BLOCK, axis=1)[:, 0]
     expected = block(training(NOISY, TIMES, CLEAN, options=options))
     noisy, *_ = extend(block(NOISY), times, positions, cache, filled)

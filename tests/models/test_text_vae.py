@@ -122,13 +122,13 @@ def test_decoding_with_a_cache_equals_decoding_the_whole(attention, patch):
     k, v = apply(model, params, z, jnp.ones((2, 12), jnp.int32), method=decode_prompt)
     start = jnp.array([0, 8])
     filled = jnp.arange(12)[None] < start[:, None]
-    cache = tuple(jnp.where(filled[None, :, :, None, None], x, 7.0) for x in (k, v))
+    cache = tuple(jnp.where(filled[None, :, None, :, None], x, 7.0) for x in (k, v))
     positions = start[:, None] + jnp.arange(4)[None]
     following = jnp.take_along_axis(z, positions[..., None], axis=1)
     logits, (new_k, _) = apply(model, params, following, cache, filled, positions, method="decode_next")
     for row, begin in enumerate((0, 8)):
         assert_close(logits[row], whole[row, begin * patch : (begin + 4) * patch], 1e-5)
-        assert_close(new_k[:, row], k[:, row, begin : begin + 4], 1e-5)
+        assert_close(new_k[:, row], k[:, row, :, begin : begin + 4], 1e-5)
 
 
 def test_padding_behind_a_document_does_not_matter():
