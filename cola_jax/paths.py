@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import fsspec
+import fsspec.core
 import tqdm
 from etils import epath
 
@@ -30,6 +31,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash is left where 
 # Orbax and other processes write there too, which a kept listing would not show.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is then said in one line
+
+_TOGETHER = 64  # small files of a bucket that are read at a time
 
 StrPath = str | os.PathLike
 
@@ -73,7 +76,8 @@ def directory(value: StrPath, field: str) -> Place:
         return Path(value).expanduser().absolute()
     if found != "gs":
         raise UserError(f"{field} = {os.fspath(value)}: must be a path of this machine, or begin with gs://")
-    check(value, field)
+    if not _is_installed(_BACKENDS["gs"]):
+        raise UserError(f"{field} = {os.fspath(value)}: needs the package gcsfs: pip install gcsfs")
     return epath.Path(re.sub("^gs:/+", "gs://", os.fspath(value)))
 
 
@@ -239,6 +243,28 @@ def files(place: Place, below: PurePosixPath | str = "") -> Iterator[tuple[PureP
             yield from files(child, name)
         else:
             yield name, child
+
+
+def sizes(place: Place) -> dict[PurePosixPath, int]:
+    """The bytes of each file under the directory of a run, by its path there; in a bucket by one request for many."""
+    if not scheme(place):
+        return {name: epath.Path(file).stat().length for name, file in files(place)}
+    with reaching(place):
+        service, root = fsspec.core.url_to_fs(os.fspath(place))
+        found = service.find(root, detail=True)
+    return {PurePosixPath(name).relative_to(root): facts["size"] for name, facts in found.items()}
+
+
+def contents(place: Place, names: Sequence[PurePosixPath]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Files under the directory of a run, with what they hold; in a bucket many are read at a time."""
+    if not scheme(place):
+        yield from ((name, (place / name).read_bytes()) for name in names)
+        return
+    for first in range(0, len(names), _TOGETHER):
+        with reaching(place):
+            service, root = fsspec.core.url_to_fs(os.fspath(place))
+            found = service.cat([f"{root}/{name}" for name in names[first : first + _TOGETHER]])
+        yield from ((PurePosixPath(name).relative_to(root), content) for name, content in found.items())
 
 
 def _copy(url: str, wanted) -> Path:

@@ -25,7 +25,7 @@ from cola_jax.types import Place, PyTree, TemporaryError, UserError
 
 def train(
     config: Config,
-    directory: str | Path,
+    directory: str | Place,
     experiment: Experiment | None = None,
     sampler: Sampler | None = None,
     log: Callable[[str], None] | None = None,

@@ -11,7 +11,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ _FILES = "files.json"
 _COMMITTED = "commit_success.txt"  # Orbax's last file of a step
 # Larger files hold arrays, which have hashes: reading them once more would double the time of a restore.
 _LARGEST_SUMMED = 64 * 2**20
+_LARGEST_SUMMED_FAR = 2**20  # in a bucket, which has checksums of its own
 
 
 def _array_hash(x: jax.Array) -> jax.Array:
@@ -84,7 +85,7 @@ def step_directories(directory: Place) -> list[int]:
 
 def newest_valid(
     directory: Place,
-    load: Callable[[Path], Any],
+    load: Callable[[Place], Any],
     report: Callable[[str], None],
     verify: Callable[[Any], str | None] = lambda _: None,
     steps: list[int] | None = None,
@@ -177,16 +178,12 @@ def mismatch(items: dict[str, dict[str, jax.Array]], expected: dict[str, dict[st
 
 def _file_sums(directory: Place, skip: str) -> dict[str, list[int]]:
     """Size and checksum of every file of the items under a step, by its path; a checksum of -1 was not computed."""
-    found = {}
-    for name, path in paths.files(directory):
-        if len(name.parts) > 1 and name.parts[0] != skip:
-            size = _size(path)
-            found[name.as_posix()] = [size, zlib.crc32(path.read_bytes()) if size <= _LARGEST_SUMMED else -1]
-    return found
-
-
-def _size(path: Place) -> int:
-    return epath.Path(path).stat().length
+    largest = _LARGEST_SUMMED_FAR if paths.scheme(directory) else _LARGEST_SUMMED
+    found = paths.sizes(directory)
+    found = {name: found[name] for name in sorted(found) if len(name.parts) > 1 and name.parts[0] != skip}
+    summed = [name for name, size in found.items() if size <= largest]
+    sums = {name: zlib.crc32(content) for name, content in paths.contents(directory, summed)}
+    return {name.as_posix(): [size, sums.get(name, -1)] for name, size in found.items()}
 
 
 def check_files(path: Place) -> None:
@@ -197,15 +194,15 @@ def check_files(path: Place) -> None:
     saved, item = json.loads((path / "files" / _FILES).read_text()), "files"
     if checksum(saved["files"]) != saved["checksum"]:
         raise ValueError(f"{item}/{_FILES} does not match its checksum")
-    names = sorted(saved["files"])
-    for name in names[jax.process_index() :: jax.process_count()]:
-        size, sum_ = saved["files"][name]
-        file = path / name
-        if not file.is_file():
+    mine = sorted(saved["files"])[jax.process_index() :: jax.process_count()]
+    expected, there = {PurePosixPath(name): saved["files"][name] for name in mine}, paths.sizes(path)
+    for name, (size, _) in expected.items():
+        if name not in there:
             raise ValueError(f"{name} is missing")
-        if _size(file) != size:
-            raise ValueError(f"{name} has {_size(file)} bytes instead of {size}")
-        if sum_ >= 0 and zlib.crc32(file.read_bytes()) != sum_:
+        if there[name] != size:
+            raise ValueError(f"{name} has {there[name]} bytes instead of {size}")
+    for name, content in paths.contents(path, [name for name, (_, sum_) in expected.items() if sum_ >= 0]):
+        if zlib.crc32(content) != expected[name][1]:
             raise ValueError(f"{name} does not match its checksum")
 
 
