@@ -10,7 +10,6 @@ it had not stopped.
 import contextlib
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
