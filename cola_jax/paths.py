@@ -249,9 +249,8 @@ def sizes(place: Place) -> dict[PurePosixPath, int]:
     """The bytes of each file under the directory of a run, by its path there; in a bucket by one request for many."""
     if not scheme(place):
         return {name: epath.Path(file).stat().length for name, file in files(place)}
-    with reaching(place):
-        service, root = fsspec.core.url_to_fs(os.fspath(place))
-        found = service.find(root, detail=True)
+    service, root = fsspec.core.url_to_fs(os.fspath(place))
+    found = service.find(root, detail=True)
     return {PurePosixPath(name).relative_to(root): facts["size"] for name, facts in found.items()}
 
 
@@ -260,10 +259,9 @@ def contents(place: Place, names: Sequence[PurePosixPath]) -> Iterator[tuple[Pur
     if not scheme(place):
         yield from ((name, (place / name).read_bytes()) for name in names)
         return
+    service, root = fsspec.core.url_to_fs(os.fspath(place))
     for first in range(0, len(names), _TOGETHER):
-        with reaching(place):
-            service, root = fsspec.core.url_to_fs(os.fspath(place))
-            found = service.cat([f"{root}/{name}" for name in names[first : first + _TOGETHER]])
+        found = service.cat([f"{root}/{name}" for name in names[first : first + _TOGETHER]])
         yield from ((PurePosixPath(name).relative_to(root), content) for name, content in found.items())
 
 

@@ -123,7 +123,7 @@ def newest_valid(
                 raise
             except Exception as error:  # a damaged file raises whatever its reader raises
                 failure = one_line(error)
-                if interrupts.is_temporary(error, but=(errno.EIO,)):
+                if interrupts.is_temporary(error, but=(errno.EIO,)) or paths.status(error) in (401, 403):
                     away = TemporaryError(f"checkpoint {directory / str(step)}: cannot be read now: {failure}")
             if distributed.all_true(failure is None):
                 failure = verify(found)

@@ -12,7 +12,7 @@ from test_step import same_bits
 from cola_jax import paths
 from cola_jax.train import checkpoint, loop, reports, saved, verified
 from cola_jax.train.interrupts import is_temporary
-from cola_jax.types import UserError
+from cola_jax.types import TemporaryError, UserError
 
 URL = "gs://bucket/runs/toy"
 PLACE = epath.Path(URL)
@@ -83,6 +83,12 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, whole):
     content = bytearray(bucket.read(place))
     content[len(content) // 2] ^= 1
     bucket.write("bucket", place, bytes(content))
+    for part, status in (("8/meta/metadata", 403), ("8/ema/", 403), ("8/files/files.json", 401)):  # that is no damage
+        bucket.refuse = lambda method, name, part=part, status=status: status if part in name else None
+        with pytest.raises(TemporaryError, match="gs://bucket/runs/toy/stage2/8: cannot be read now"):
+            train(URL)
+    bucket.refuse = lambda method, name: None
+    assert not bucket.names("runs/toy/rejected")
     state, lines = train(URL)
     assert any("gs://bucket/runs/toy/stage2/8 is damaged and not used" in line for line in lines)
     assert "stage 2: resumed at step 4 of 12" in lines
