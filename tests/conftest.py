@@ -46,6 +46,7 @@ def _warnings_are_errors():
         # Third parties' own deprecations are theirs; what we call stays an error.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("error", category=DeprecationWarning, module=r"cola_jax\b")
+        warnings.filterwarnings("ignore", message="Sending a large body", category=ResourceWarning)  # gcsfs to aiohttp
         yield
 
 

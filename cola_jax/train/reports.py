@@ -209,9 +209,9 @@ class Profile:
 
     def __exit__(self, *_) -> None:
         if self._active:
+            self._active = False
             jax.profiler.stop_trace()
             self._files.close()
-        self._active = False
 
 
 class Writer:
