@@ -140,9 +140,10 @@ def test_files_that_grow_are_copied_when_they_have_changed(bucket, tmp_path, mon
     monkeypatch.setattr(reports.Growing, "_EVERY", 0.0)
     far.copy(now=False)
     assert bucket.read("runs/toy/tensorboard/a") == b"12"
-    file.write_bytes(b"123")
+    large = bytes(range(256)) * 2**15  # 8 MiB
+    file.write_bytes(large)
     far.close()
-    assert bucket.read("runs/toy/tensorboard/a") == b"123" and not far.directory.exists()
+    assert bucket.read("runs/toy/tensorboard/a") == large and not far.directory.exists()
 
 
 def test_a_trace_is_copied(bucket):
