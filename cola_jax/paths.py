@@ -25,7 +25,8 @@ from etils import epath
 
 from cola_jax.types import Place, TemporaryError, UserError
 
-# The package behind each scheme (etils.epath has TensorFlow read them instead where it is installed).
+# The package behind each scheme; etils.epath would have TensorFlow in its place where that is installed.
+os.environ.setdefault("EPATH_USE_TF", "false")
 _BACKENDS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one slash is left where pathlib has had it
 # Orbax and other processes write there too, which a kept listing would not show.
@@ -76,8 +77,7 @@ def directory(value: StrPath, field: str) -> Place:
         return Path(value).expanduser().absolute()
     if found != "gs":
         raise UserError(f"{field} = {os.fspath(value)}: must be a path of this machine, or begin with gs://")
-    if not _is_installed(_BACKENDS["gs"]):
-        raise UserError(f"{field} = {os.fspath(value)}: needs the package gcsfs: pip install gcsfs")
+    check(value, field)
     return epath.Path(re.sub("^gs:/+", "gs://", os.fspath(value)))
 
 
@@ -88,12 +88,14 @@ def make(place: Place) -> None:
 
 
 def matching(pattern: str, field: str) -> list[str]:
-    """The files of this machine that a name or a glob means, sorted.
+    """The files of this machine that a name or a glob means, sorted; of the URL of a file, the copy.
 
     Raises:
-      UserError: there is none, or it is a URL.
+      UserError: there is none, or the URL cannot be read.
+      TemporaryError: the network failed.
     """
-    local(pattern, field)
+    if scheme(pattern):
+        return [copied(pattern, field)]
     if os.path.isfile(pattern):  # a name that exists is meant literally, even if it looks like a pattern
         return [pattern]
     if found := sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
@@ -138,8 +140,8 @@ def check(value: StrPath, field: str) -> None:
     if found not in _BACKENDS:
         known = ", ".join(f"{name}://" for name in _BACKENDS)
         raise UserError(f"{field} = {os.fspath(value)}: must be a path of this machine, or begin with one of {known}")
-    if not _is_installed(_BACKENDS[found]) and not _is_installed("tensorflow"):
-        package = _BACKENDS[found]
+    package = _BACKENDS[found]
+    if not _is_installed(package):
         raise UserError(f"{field} = {os.fspath(value)}: needs the package {package}: pip install {package}")
 
 
@@ -166,6 +168,12 @@ def fetched(value: StrPath, field: str, wanted: Callable[[PurePosixPath], bool] 
     check(value, field)
     with reaching(value, field):
         return _copy(os.fspath(value).rstrip("/"), wanted)
+
+
+@functools.cache
+def copied(value: str, field: str) -> str:
+    """``value`` itself, or the one copy that this process makes of what is in the bucket, as of `fetched`."""
+    return str(fetched(value, field)) if scheme(value) else value
 
 
 def listed(value: StrPath, field: str) -> list[str]:
@@ -235,6 +243,11 @@ def _store() -> Path:
     return place
 
 
+def scratch() -> Path:
+    """A new directory of this machine, which goes when the process ends."""
+    return Path(tempfile.mkdtemp(dir=_store()))
+
+
 def files(place: Place, below: PurePosixPath | str = "") -> Iterator[tuple[PurePosixPath, Place]]:
     """The files under a directory, of a bucket or of this machine, with their paths in it."""
     for child in sorted(place.iterdir()):
@@ -266,7 +279,7 @@ def contents(place: Place, names: Sequence[PurePosixPath]) -> Iterator[tuple[Pur
 
 
 def _copy(url: str, wanted) -> Path:
-    source, target = epath.Path(url), Path(tempfile.mkdtemp(dir=_store())) / url.rpartition("/")[2]
+    source, target = epath.Path(url), scratch() / url.rpartition("/")[2]
     if source.is_dir():
         target.mkdir()
         found = [(name, file) for name, file in files(source) if wanted is None or wanted(name)]

@@ -1,7 +1,6 @@
 """Paths in buckets, against a server that stands for Google's: what is read is copied, what cannot be used refused."""
 
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import environment
 import pytest
 
 from cola_jax import config, paths, release
+from cola_jax.data import corpora, mixture
 from cola_jax.train import experiment, interrupts, loop, saved
 from cola_jax.types import TemporaryError, UserError
 
@@ -53,8 +53,8 @@ def test_what_cannot_be_read_says_why(monkeypatch):
     for value, package in (("gs://b/x", "gcsfs"), ("s3://b/x", "s3fs"), ("az://b/x", "adlfs")):
         with pytest.raises(UserError, match=f"x = {value}: needs the package {package}: pip install {package}"):
             paths.fetched(value, "x")
-    monkeypatch.setattr(paths, "_is_installed", lambda package: package == "tensorflow")
-    paths.check("gs://b/x", "x")
+    with pytest.raises(UserError, match="--workdir = gs://b/x: needs the package gcsfs"):
+        paths.directory("gs://b/x", "--workdir")
 
 
 def test_files_and_directories_are_copied(put, tmp_path):
@@ -164,23 +164,24 @@ def test_a_tokenizer_is_copied(put, tmp_path):
         assert experiment.local_tokenizer(path) == path
 
 
-def test_corpora_are_copied(put, tmp_path):
+def test_corpora_are_copied_once(bucket, put, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(name)
         put(tmp_path / name, f"data/{name}")
     text = "gs://bucket/data/a=0.7, gs://bucket/data/b=0.3; 10:gs://bucket/data/a"
-    data = config.DataConfig(corpus="prepared", files=text)
-    files = experiment.local_data(data).files
-    found = re.fullmatch(r"(/\S+/a)=0.7, (/\S+/b)=0.3; 10:(/\S+/a)", files)
-    assert found[1] == found[3] and [pathlib.Path(found[n], "manifest.json").read_text() for n in (1, 2)] == ["a", "b"]
-    text = put(tmp_path / "a" / "manifest.json", "corpus.txt")
-    local = experiment.local_data(config.DataConfig(corpus="text", files=text)).files
-    assert pathlib.Path(local).read_text() == "a"
+    first, second = mixture.parse(text)
+    one, two = first.shares
+    assert [pathlib.Path(place, "manifest.json").read_text() for place in (one, two)] == ["a", "b"]
+    assert first.shares == {one: 0.7, two: pytest.approx(0.3)} and second == mixture.Phase(10, {one: 1.0})
+    asked = len(bucket.requests)
+    assert mixture.parse(text) == (first, second) and len(bucket.requests) == asked
+    (tmp_path / "corpus.txt").write_text("\n\n".join(map(str, range(50))))
+    data = config.DataConfig(corpus="text", files=put(tmp_path / "corpus.txt", "corpus.txt"), holdout=0.5)
+    found = [corpora.documents(data, split, 0) for split in ("train", "holdout")]  # training, then evaluation
+    assert sorted(int(text) for documents in found for text in documents) == list(range(50))
     with pytest.raises(UserError, match="config.data.files = gs://bucket/none: nothing is there"):
-        experiment.local_data(config.DataConfig(corpus="text", files="gs://bucket/none"))
-    here = config.DataConfig(corpus="text", files="a/b://c.txt")
-    assert experiment.local_data(here) == here
+        mixture.parse("gs://bucket/none")
 
 
 @pytest.mark.parametrize("value", ["s3://bucket/run", "az://bucket/run", "file:///tmp/run"])

@@ -38,6 +38,8 @@ class Phase(NamedTuple):
 def parse(text: str, field: str = "config.data.files") -> tuple[Phase, ...]:
     """The phases of a mixture, the first from step 0 on.
 
+    Directories in buckets are copied to this machine, once a process.
+
     Raises:
       UserError: a share that is no positive number, a directory named twice, or steps that do not grow.
     """
@@ -66,12 +68,11 @@ def _shares(body: str, text: str, field: str) -> dict[str, float]:
         if not directory or directory in shares or not 0 < share < math.inf:
             need = "DIR=SHARE with a share above 0, each directory once"
             raise UserError(f"{field} = {text!r}: {entry!r}: must be {need}")
-        paths.local(directory, field)
         shares[directory] = share
     if not shares:
         raise UserError(f"{field} = {text!r}: must name a directory that launch/prepare.py has made")
     total = sum(shares.values())
-    return {directory: share / total for directory, share in shares.items()}
+    return {paths.copied(directory, field): share / total for directory, share in shares.items()}
 
 
 def directories(phases: tuple[Phase, ...]) -> list[str]:

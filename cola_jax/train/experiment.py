@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import re
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +45,7 @@ def build(config: Config, workdir: Place) -> Experiment:
       UserError: see the tokenizers and the corpora.
     """
     file = workdir / manifest.TOKENIZER_FILES.get(config.data.tokenizer, "tokenizer.model")
-    data = local_data(config.data)
+    data = dataclasses.replace(config.data, tokenizer_path=local_tokenizer(config.data.tokenizer_path))
     tokenizer = distributed.first(lambda: _tokenizer(data, file))
     family = families.of(config)
     config = family.resolve(config, tokenizer.vocab_size)
@@ -57,8 +54,8 @@ def build(config: Config, workdir: Place) -> Experiment:
         config=config,
         init=family.init(model, config),
         stages=family.stages(model, config),
-        dataset=functools.partial(pipeline.create, data, tokenizer),
-        fingerprint=functools.partial(pipeline.fingerprint, data, tokenizer),
+        dataset=functools.partial(pipeline.create, config.data, tokenizer),
+        fingerprint=functools.partial(pipeline.fingerprint, config.data, tokenizer),
         model=model,
         tokenizer=tokenizer,
     )
@@ -68,29 +65,12 @@ def _tokenizer(config: DataConfig, file: Place) -> Tokenizer:
     """`run_tokenizer.create`, also where the directory of the run is in a bucket."""
     if not paths.scheme(file):
         return run_tokenizer.create(config, file)
-    with tempfile.TemporaryDirectory(prefix="cola_jax-") as place:
-        is_kept = file.exists()
-        here = paths.fetched(file, "--workdir") if is_kept else Path(place) / file.name
-        tokenizer = run_tokenizer.create(config, here)
-        if here.exists() and not is_kept:
-            paths.write_atomically(file, here.read_bytes())
-        return tokenizer
-
-
-def local_data(config: DataConfig) -> DataConfig:
-    """The config with copies of the tokenizer and the corpora that it names in buckets."""
-    copies = {}
-
-    def copy(found: re.Match) -> str:
-        url = found[0]
-        if url not in copies:
-            copies[url] = str(paths.fetched(url, "config.data.files"))
-        return copies[url]
-
-    files = config.files
-    if config.corpus in ("text", "prepared"):
-        files = re.sub(r"(?<![^\s,;:])[A-Za-z][A-Za-z0-9+.-]+://[^,;=]+", copy, files)
-    return dataclasses.replace(config, files=files, tokenizer_path=local_tokenizer(config.tokenizer_path))
+    is_kept = file.exists()
+    here = paths.fetched(file, "--workdir") if is_kept else paths.scratch() / file.name
+    tokenizer = run_tokenizer.create(config, here)
+    if here.exists() and not is_kept:
+        paths.write_atomically(file, here.read_bytes())
+    return tokenizer
 
 
 def local_tokenizer(path: str) -> str:

@@ -11,10 +11,9 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import jax
 import tensorboardX
@@ -25,7 +24,7 @@ from cola_jax.families.interface import Stage
 from cola_jax.train import devices
 from cola_jax.types import Place
 
-_SEGMENT = re.compile(r"(metrics|samples|timing)-(\d+)\.jsonl")  # of one start of a run in a bucket
+_REPORT = re.compile(r"(metrics|samples|timing)(?:-(\d+))?\.jsonl")  # with a number: of one start, in a bucket
 _HIDDEN = ("learning_rate", "latent_signal", "latent_noise")  # not on the console line, nor norms
 
 
@@ -155,7 +154,7 @@ class Growing:
         self._place, self._is_far = place, bool(paths.scheme(place))
         self._copied: dict[PurePosixPath, tuple[int, int]] = {}
         self._copied_at = time.monotonic()
-        self.directory = Path(tempfile.mkdtemp(prefix="cola_jax-")) if self._is_far else place
+        self.directory = paths.scratch() if self._is_far else place
 
     def copy(self, now: bool = True) -> None:
         """Copies what has changed; unless ``now``, only if the last time is a minute ago."""
@@ -241,16 +240,14 @@ class Writer:
         self._files = {}
         if not active:
             return
-        self._growing, segment = Growing(workdir), ""
+        before = [found for name in paths.listed(workdir, "--workdir") if (found := _REPORT.fullmatch(name))]
+        for found in before:
+            if found[1] != "timing":
+                truncate(workdir / found[0], stage, first_step)
+        segment = ""
         if paths.scheme(workdir):
-            before = [found for name in paths.listed(workdir, "--workdir") if (found := _SEGMENT.fullmatch(name))]
-            for found in before:
-                if found[1] != "timing":
-                    truncate(workdir / found[0], stage, first_step)
-            segment = f"-{max([0, *(int(found[2]) for found in before)]) + 1:05d}"
-        else:
-            for name in ("metrics", "samples"):
-                truncate(workdir / f"{name}.jsonl", stage, first_step)
+            segment = f"-{max([0, *(int(found[2] or 0) for found in before)]) + 1:05d}"
+        self._growing = Growing(workdir)
         here = self._growing.directory
         for name in ("metrics", "samples", "timing"):
             self._files[name] = open(here / f"{name}{segment}.jsonl", "a", encoding="utf-8")

@@ -64,20 +64,21 @@ def fetched(path: str | Path, field: str, step: int | None = None) -> Path:
     if not paths.scheme(path):
         return Path(path)
     url = str(path).rstrip("/")
-    names, steps, stage = paths.listed(url, field), [], ""
+    names = paths.listed(url, field)
+    stages = sorted((name for name in names if name.startswith("stage")), reverse=True)
+    inside = ""
     if any(name.isdigit() for name in names):  # of a stage
-        steps = names
-        url, _, stage = url.rpartition("/")
-        inside = stage
-    else:
-        inside = ""
-        for name in sorted((name for name in names if name.startswith("stage")), reverse=True):
-            stage, steps = name, paths.listed(f"{url}/{name}", field)
-            if any(step.isdigit() for step in steps):
-                break
-    if numbers := sorted((int(name) for name in steps if name.isdigit()), reverse=True):
-        with paths.reaching(path, field):  # of a released model that was converted no step has the mark of its end
-            numbers = verified.step_directories(epath.Path(f"{url}/{stage}")) or numbers
+        url, _, inside = url.rpartition("/")
+        stages = [inside]
+    with paths.reaching(path, field):
+        found = (
+            (stage, numbers)
+            for complete in (True, False)  # of a model that was converted no step has the mark of its end
+            for stage in stages
+            if (numbers := verified.step_directories(epath.Path(f"{url}/{stage}"), complete))
+        )
+        stage, numbers = next(found, ("", []))
+    if numbers:
         newest = _steps_to_try(Path(url.rpartition("/")[2]) / stage, numbers, step)[0]
         folders = {(stage, str(newest))}
     else:

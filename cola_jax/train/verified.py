@@ -70,15 +70,16 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def step_directories(directory: Place) -> list[int]:
+def step_directories(directory: Place, complete: bool = True) -> list[int]:
     """The steps saved under a stage's directory, newest first.
 
-    In a bucket, where a directory has its name from its first file on, those that were saved to their end.
+    In a bucket, where a directory has its name from its first file on, those that were saved to their end; all, unless
+    ``complete``.
     """
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if path.name.isdigit()]
-    if paths.scheme(directory):
+    if complete and paths.scheme(directory):
         found = [path for path in found if (path / _COMMITTED).exists()]
     return sorted((int(path.name) for path in found), reverse=True)
 

@@ -238,7 +238,7 @@ def test_a_mixture_may_change_from_the_checkpoint_on(config, tmp_path):
         ("@a; 5: @b; 5: @a", "must be of the form .* with growing steps"),
         ("5: @a", "must be of the form"),
         ("@a; ", "must be of the form"),
-        ("gs://a/b=1,@a=1", "config.data.files = gs://a/b: gs:// cannot be used here"),
+        ("ftp://a/b=1,@a=1", "config.data.files = ftp://a/b: must be a path of this machine, or begin with one of"),
         ("@none", "none.manifest.json: No such file.*launch/prepare.py"),
     ],
 )

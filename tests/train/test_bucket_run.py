@@ -120,6 +120,9 @@ def test_a_run_that_was_copied_into_a_bucket_is_read(bucket, whole):
     assert saved.load(saved.fetched(URL, "--checkpoint")).step == 8
     for step in (8, 4):
         bucket.delete("bucket", f"runs/toy/stage2/{step}/commit_success.txt")
+    assert saved.fetched(URL, "--checkpoint").joinpath("stage1", "12", "meta").is_dir()
+    for name in bucket.names("runs/toy/stage1/"):
+        bucket.delete("bucket", name)
     assert saved.fetched(URL, "--checkpoint").joinpath("stage2", "12", "meta").is_dir()
 
 
