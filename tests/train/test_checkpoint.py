@@ -141,25 +141,38 @@ def test_a_step_that_cannot_be_read_now_is_not_set_aside(toy, tmp_path, monkeypa
     manager.close()
 
 
-def test_each_process_checks_its_share_of_the_files(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "largest, damaged, said",
+    [
+        (2**26, lambda content: content[:-1] + bytes([content[-1] ^ 1]), "does not match its checksum"),
+        (0, lambda content: content + b"x", "bytes instead of"),  # of large ones only the size is known
+        (0, lambda content: None, "is missing"),
+    ],
+)
+def test_each_process_checks_its_share_of_the_files(toy, tmp_path, monkeypatch, largest, damaged, said):
     """Together all of them, and none twice."""
+    monkeypatch.setattr(verified, "_LARGEST_SUMMED", largest)
     manager = checkpoints.Checkpoints(tmp_path, keep=3)
     save(manager, toy[0], 1)
     manager.close()
     step, victims = tmp_path / "1", []
     names = [path for path in sorted(step.glob("*/**/*")) if path.is_file() and path.parent.name != "files"]
+    names = [path for path in names if path.stat().st_size]
     assert len(names) > 6
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     for path in names:
         content = path.read_bytes()
-        path.write_bytes(content + b"x")
+        if (changed := damaged(content)) is None:
+            path.unlink()
+        else:
+            path.write_bytes(changed)
         failed = []
         for index in range(3):
             monkeypatch.setattr(jax, "process_index", lambda index=index: index)
             try:
                 verified.check_files(step)
             except ValueError as error:
-                assert path.name in str(error)
+                assert path.name in str(error) and said in str(error)
                 failed.append(index)
         assert len(failed) == 1
         victims += failed
