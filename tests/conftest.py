@@ -51,10 +51,18 @@ def _warnings_are_errors():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled_programs_are_dropped_in_time():
-    """Every compiled program takes some thirty memory maps, of which a Linux process may have 65,530: then it dies."""
+def _what_a_module_leaves_behind():
+    """Two costs of a long session, which must not grow with it.
+
+    A collection of Python's garbage goes through all objects, of which traced programs leave millions: it took seconds
+    each time, a third of the session. Those that outlive their module are not looked at again.
+
+    Every compiled program takes some thirty memory maps, of which a Linux process may have 65,530: then it dies.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        gc.unfreeze()
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
+    gc.freeze()
