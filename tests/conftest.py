@@ -5,6 +5,7 @@ import os
 import pathlib
 import warnings
 
+import copies
 import environment
 import fake_gcs
 
@@ -37,6 +38,13 @@ def bucket(_storage):
     yield _storage
     _storage.objects.clear()
     _storage.refuse = lambda method, name: None
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Directory of compiled programs, shared by the programs that the tests of a session start."""
+    yield tmp_path_factory.mktemp("cache")
+    copies.close()
 
 
 @pytest.fixture(autouse=True)

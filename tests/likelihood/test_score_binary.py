@@ -31,11 +31,6 @@ SETTINGS = ("--samples=2", "--solver=heun", "--steps=2", "--batch_size=4")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run") / "tiny"
     train(cache, workdir)

@@ -13,11 +13,6 @@ CONFIG, COLA = "--config=tests/system/tiny_ar.py", "--config=tests/system/tiny.p
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     """A finished run with its report."""
     workdir = tmp_path_factory.mktemp("run") / "whole"

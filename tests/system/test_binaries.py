@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import copies
 import environment
 import jax
 import pytest
@@ -17,12 +18,6 @@ ROOT = Path(__file__).parents[2]
 REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by the processes of this module."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def start(cache, binary, *arguments, devices: int = 1, **options) -> subprocess.Popen:
     command = [sys.executable, ROOT / "launch" / binary, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
@@ -30,9 +25,8 @@ def start(cache, binary, *arguments, devices: int = 1, **options) -> subprocess.
 
 
 def call(cache, binary, *arguments, stdin: str | None = None, status: int = 0, devices: int = 1) -> str:
-    process = start(cache, binary, *arguments, devices=devices, stdin=subprocess.PIPE)
-    out, error = process.communicate(stdin)
-    assert process.returncode == status, error[-3000:]
+    found, out, error = copies.call(binary, list(map(str, arguments)), environment.process(devices, cache), stdin or "")
+    assert found == status, error[-3000:]
     if status == 2:
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error
         return error

@@ -8,11 +8,6 @@ from test_binaries import call, rows
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(scope="module", params=["llada", "plaid"])
 def run(request, tmp_path_factory, cache):
     """(family, directory of a finished run with its report)."""

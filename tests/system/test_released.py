@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from evaluation.test_conversion import GOLDEN, tokenizer_json
-from system.test_binaries import cache, call  # noqa: F401  (a fixture)
+from system.test_binaries import call
 
 from cola_jax import release
 
@@ -22,7 +22,7 @@ def released(tmp_path_factory) -> pathlib.Path:
     return place
 
 
-def test_every_binary_takes_it(released, cache, tmp_path):  # noqa: F811
+def test_every_binary_takes_it(released, cache, tmp_path):
     arguments = ("--json", "--max_new_tokens=5", "--steps=2", "a cat.")
     line = json.loads(call(cache, "sample.py", f"--checkpoint={released}", *arguments))
     assert line["prompt"] == "a cat." and len(line["tokens"]) <= 5
@@ -36,7 +36,7 @@ def test_every_binary_takes_it(released, cache, tmp_path):  # noqa: F811
     assert len(rows.splitlines()) == 1
 
 
-def test_convert(released, cache, tmp_path):  # noqa: F811
+def test_convert(released, cache, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     assert "ETA" in call(cache, "convert.py", f"--from={released}", f"--to={run}", "--mesh_fsdp=2", devices=2)
     call(cache, "sample.py", f"--checkpoint={run}", "--steps=1", "a cat.")

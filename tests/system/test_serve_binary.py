@@ -16,11 +16,6 @@ SMALL = ("--batch_sizes=1,2", "--drain_seconds=20")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run") / "tiny"
     train(cache, workdir, "--config.stage1.steps=5", "--config.stage2.steps=5")

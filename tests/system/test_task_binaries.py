@@ -11,11 +11,6 @@ COUNT = 40
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     place = tmp_path_factory.mktemp("data")
     rows = [{"id": i, "question": f"{i}?", "choices": ["a", "b"], "answer": "b"} for i in range(COUNT)]
