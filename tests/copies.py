@@ -15,26 +15,29 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Imported, they neither touch a device nor start a thread.
 _MODULES = ["cli_evaluation", "data.preparation.prepare", "evaluation.conversion", "likelihood", "train.loop"]
-_started: set[str] = set()
+_started: set[Path] = set()
 _servers: "collections.OrderedDict[str, _Server]" = collections.OrderedDict()
 
 
-def call(binary: str, arguments: list[str], environment: dict[str, str], stdin: str = "") -> tuple[int, str, str]:
-    """Runs launch/``binary`` to its end: (status, standard output, standard error)."""
-    command = [str(ROOT / "launch" / binary), *arguments]
-    if binary not in _started:
-        _started.add(binary)
+def call(
+    program: Path, arguments: list[str], environment: dict[str, str], stdin: str = "", cwd: Path = ROOT
+) -> tuple[int, str, str]:
+    """Runs a program to its end: (status, standard output, standard error)."""
+    command = [str(program), *arguments]
+    if program not in _started:
+        _started.add(program)
         found = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, input=stdin, capture_output=True, text=True
+            [sys.executable, *command], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True
         )
         return found.returncode, found.stdout, found.stderr
+    environment = {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
     key = json.dumps(sorted(environment.items()))
     if key not in _servers:
         if len(_servers) > 2:
             _servers.popitem(last=False)[1].close()
         _servers[key] = _Server(environment)
     _servers.move_to_end(key)
-    return _servers[key].call(command, stdin)
+    return _servers[key].call(command, stdin, cwd)
 
 
 class _Server:
@@ -47,11 +50,11 @@ class _Server:
             command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
-    def call(self, command: list[str], stdin: str) -> tuple[int, str, str]:
+    def call(self, command: list[str], stdin: str, cwd: Path) -> tuple[int, str, str]:
         with tempfile.TemporaryDirectory() as place:
             files = [Path(place) / name for name in ("in", "out", "error")]
             files[0].write_text(stdin, encoding="utf-8")
-            asked = json.dumps({"argv": command, "files": list(map(str, files))})
+            asked = json.dumps({"argv": command, "files": list(map(str, files)), "cwd": str(cwd)})
             self._process.stdin.write(asked.encode() + b"\n")
             self._process.stdin.flush()
             status = int(self._process.stdout.readline())
@@ -79,7 +82,8 @@ def _wait_for_copies() -> dict | None:
     return None
 
 
-def _become(argv: list[str], files: list[str]) -> None:
+def _become(argv: list[str], files: list[str], cwd: str) -> None:
+    os.chdir(cwd)
     modes = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
     for number, (name, mode) in enumerate(zip(files, modes, strict=True)):
         file = os.open(name, mode, 0o600)

@@ -25,7 +25,8 @@ def start(cache, binary, *arguments, devices: int = 1, **options) -> subprocess.
 
 
 def call(cache, binary, *arguments, stdin: str | None = None, status: int = 0, devices: int = 1) -> str:
-    found, out, error = copies.call(binary, list(map(str, arguments)), environment.process(devices, cache), stdin or "")
+    given = (list(map(str, arguments)), environment.process(devices, cache), stdin or "")
+    found, out, error = copies.call(ROOT / "launch" / binary, *given)
     assert found == status, error[-3000:]
     if status == 2:
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import copies
 import environment
 import pytest
 
@@ -26,9 +27,9 @@ def start(*arguments) -> subprocess.Popen:
 
 
 def call(*arguments, status: int = 0) -> str:
-    process = start(*arguments)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == status, error[-3000:]
+    program = ROOT / "launch" / "prepare.py"
+    found, out, error = copies.call(program, list(map(str, arguments)), environment.process())
+    assert found == status, error[-3000:]
     if status == 2:
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error
         return error

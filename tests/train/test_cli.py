@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import copies
 import environment
 import pytest
 
@@ -54,13 +55,13 @@ def place(tmp_path_factory):
     (place / "binary.py").write_text(BINARY)
     (place / "good.py").write_text(CONFIG)
     (place / "broken.py").write_text("import nothing_of_this_name\n")
-    return place
+    yield place
+    copies.close()
 
 
 def call(place, *arguments):
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    command = [sys.executable, "binary.py", *arguments]
-    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+    return subprocess.CompletedProcess([], *copies.call(place / "binary.py", list(arguments), env, cwd=place))
 
 
 @pytest.mark.parametrize(
