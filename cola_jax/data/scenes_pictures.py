@@ -1,7 +1,7 @@
 """Pictures of coloured shapes on a white ground: what a shape is, and how it is drawn.
 
-A picture is a grid of 3 x 3 cells; a shape stands in the middle of its cell and never touches another one. Everything is
-drawn in proportion to the picture, with edges that are softened over one pixel.
+A picture is a grid of 3 x 3 cells; a shape stands in the middle of its cell and never touches another one. Everything
+is drawn in proportion to the picture, with edges that are softened over one pixel.
 """
 
 from collections.abc import Iterable
