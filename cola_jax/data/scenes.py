@@ -20,7 +20,7 @@ import itertools
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -70,6 +70,17 @@ def _clauses(widths: tuple[int, ...]) -> tuple[Mapping[tuple[str, ...], float], 
     return probs, entropy
 
 
+def _pick(draws: Iterator[float], options: Sequence):
+    """One of some options."""
+    return options[int(next(draws) * len(options))]
+
+
+def _distinct(draws: Iterator[float], options: Sequence, count: int) -> list:
+    """Different ones of some options, in any order."""
+    left = list(options)
+    return [left.pop(int(next(draws) * len(left))) for _ in range(count)]
+
+
 class Scenes:
     """The distribution of scenes: sampling, drawing, exact probabilities, and judging.
 
@@ -113,28 +124,22 @@ class Scenes:
     def sample(self, rng: np.random.Generator) -> Scene:
         """Draws a scene."""
         draws = iter(rng.random(24).tolist())  # a scene may leave some of them unused
-
-        def pick(options):
-            return options[int(next(draws) * len(options))]
-
-        def distinct(options, count: int) -> list:
-            left = list(options)
-            return [left.pop(int(next(draws) * len(left))) for _ in range(count)]
-
-        count = pick(range(1, self.config.max_shapes + 1))
-        looks, cells = distinct(self._looks, count), distinct(_CELLS, count)
+        count = _pick(draws, range(1, self.config.max_shapes + 1))
+        looks, cells = _distinct(draws, self._looks, count), _distinct(draws, _CELLS, count)
+        sizes = [_pick(draws, self._sizes) for _ in range(count)]
         shapes = tuple(
-            Shape(kind, colour, pick(self._sizes), *cell) for (colour, kind), cell in zip(looks, cells, strict=True)
+            Shape(kind, colour, size, *cell)
+            for (colour, kind), size, cell in zip(looks, sizes, cells, strict=True)
         )
-        named = tuple(captions.Named(pick((shape.size, None)), shape.colour, shape.kind) for shape in shapes)
+        named = tuple(captions.Named(_pick(draws, (shape.size, None)), shape.colour, shape.kind) for shape in shapes)
         if not self.config.sizes:
             named = tuple(each._replace(size=None) for each in named)
         clauses, first = [], 0
-        for width in pick(self._patterns(count)):
+        for width in _pick(draws, self._patterns(count)):
             options = _says(width, tuple(cells[first : first + width])) if self.config.relations else ("",)
-            clauses.append(captions.Clause(first, pick(options)))
+            clauses.append(captions.Clause(first, _pick(draws, options)))
             first += width
-        return Scene(shapes, captions.Facts(named, tuple(clauses)), pick(range(len(captions.OPENINGS))))
+        return Scene(shapes, captions.Facts(named, tuple(clauses)), _pick(draws, range(len(captions.OPENINGS))))
 
     def caption(self, scene: Scene) -> str:
         """The caption of a scene: an English sentence."""

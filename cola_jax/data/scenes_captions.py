@@ -86,14 +86,10 @@ def widths_of(facts: Facts) -> tuple[int, ...]:
 
 def word(facts: Facts, opening: int) -> str:
     """The text of a caption."""
-
-    def name(index: int) -> str:
-        size, colour, kind = facts.shapes[index]
-        return f"a {size} {colour} {kind}" if size else f"a {colour} {kind}"
-
+    names = [" ".join(filter(None, ("a", *each))) for each in facts.shapes]
     parts = []
     for clause, width in zip(facts.clauses, widths_of(facts), strict=True):
-        words = [name(clause.first), clause.says, name(clause.first + 1) if width == 2 else ""]
+        words = [names[clause.first], clause.says, names[clause.first + 1] if width == 2 else ""]
         parts.append(" ".join(filter(None, words)))
     text = " ".join(filter(None, [OPENINGS[opening], " and ".join(parts)]))
     return f"{text[0].upper()}{text[1:]}."

@@ -31,7 +31,7 @@ _STAIN, _MOST_STAINED = 60.0, 0.005  # distance of a pixel that is not clean, an
 _SPECK = 0.15  # of the area of the smallest shape: parts below are specks, and so much in all is overlooked
 _COLOUR_DISTANCE = 75.0  # of the colour of a shape from its name's
 _COLOUR_SHARE = 0.8  # of the pixels of a shape that have its colour
-_OVERLAP = 0.72  # of a part and its shape: intersection over union
+_OVERLAP = 0.8  # of a part and its shape: intersection over union
 _BLURS = (0.0, 0.8, 1.4)  # of the shapes that a part is compared with, in pixels
 _MARGIN = 2  # pixels around a part where its edge may fade
 _CONNECTED = np.ones((3, 3), bool)
@@ -91,7 +91,7 @@ def _reduced(image: np.ndarray) -> np.ndarray:
 def _is_clean(strength: np.ndarray, marked: np.ndarray) -> bool:
     """Whether the ground is white but for noise."""
     ground = strength[~ndimage.binary_dilation(marked, _CONNECTED, iterations=_MARGIN)]
-    return not len(ground) or (np.mean(ground > _STAIN) <= _MOST_STAINED and ground.mean() < _STAIN / 2)
+    return not len(ground) or bool(np.mean(ground > _STAIN) <= _MOST_STAINED and ground.mean() < _STAIN / 2)
 
 
 def _recognise(pixels: np.ndarray, strength: np.ndarray, labels: np.ndarray, part: int) -> Shape | None:
