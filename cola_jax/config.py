@@ -29,17 +29,44 @@ class StoriesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    """Difficulty of the embedded corpus of pictures (`cola_jax.data.scenes`)."""
+
+    max_shapes: int = setting(4, "shapes of a picture at most", at_least=1, at_most=4)
+    colours: int = setting(6, "colours kept", at_least=1, at_most=6)
+    kinds: int = setting(5, "kinds of shapes kept", at_least=1, at_most=5)
+    sizes: bool = setting(True, "shapes are small or large, and captions may say so; else all are large")
+    relations: bool = setting(True, "captions say where shapes are")
+
+    def validate(self) -> None:
+        check(self, "config.data.scenes.")
+
+    def check_together(self, prefix: str) -> None:
+        most = self.colours * self.kinds  # a caption means a shape by its colour and kind
+        require(self.max_shapes <= most, f"{prefix}max_shapes", self.max_shapes, f"at most colours * kinds = {most}")
+
+
+# Corpora of pictures with captions.
+PAIRED = ("scenes", "images")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Text, tokenizer, and how documents become rows of ``sequence_length`` tokens."""
 
-    corpus: str = setting("stories", "where documents come from", choices=("stories", "text", "tfds", "prepared"))
+    corpus: str = setting(
+        "stories",
+        "where documents come from; 'scenes' and 'images' are pictures with captions",
+        choices=("stories", "text", "tfds", "prepared", *PAIRED),
+    )
     files: str = setting(
         "",
         "'text': a file or a glob of UTF-8 files; 'tfds': name of a data set; 'prepared': DIR or DIR=SHARE,... of "
-        "launch/prepare.py, and with '; STEP: DIR=SHARE,...' other shares from a step on",
+        "launch/prepare.py, and with '; STEP: DIR=SHARE,...' other shares from a step on; 'images': a JSONL file",
     )
     tfds_split: str = setting("train", "corpus 'tfds': split that is read")
-    text_field: str = setting("text", "corpus 'tfds': field that holds the text")
+    text_field: str = setting("text", "corpora 'tfds' and 'images': field that holds the text")
+    image_field: str = setting("image", "corpora 'tfds' and 'images': field that holds the image, or its path")
     document_separator: str = setting(
         "\n\n", "corpus 'text': what divides a file into documents; '': one document a file"
     )
@@ -68,12 +95,30 @@ class DataConfig:
     holdout: float = setting(0.02, "share of the documents that is never trained on", above=0, below=1)
     num_stories: int = setting(200_000, "corpus 'stories': training documents (an epoch)", at_least=1)
     stories: StoriesConfig = StoriesConfig()
+    num_scenes: int = setting(200_000, "corpus 'scenes': training pictures (an epoch)", at_least=1)
+    scenes: ScenesConfig = ScenesConfig()
+    image_size: int = setting(0, "side of the images of a batch, in pixels; 0: text only", at_least=0, at_most=4096)
+    on_bad_image: str = setting(
+        "fail", "corpora of image files: what a bad line or image does; 'skip' counts it", choices=("fail", "skip")
+    )
+    instructions: tuple[str, ...] = setting(
+        (
+            "Describe the picture.",
+            "What does the picture show?",
+            "Write a caption for this image.",
+            "Say what can be seen here.",
+            "Tell me what is in the image.",
+        ),
+        "of captioning; each row has one of them",
+    )
+    instruction_length: int = setting(0, "tokens of the instruction of a row; 0: rows have none", at_least=0)
     batch_size: int = setting(32, "rows a step, B, over all devices and processes", at_least=1)
     num_workers: int = setting(0, "Grain worker processes", at_least=0)
     seed: int | None = setting(None, "of the order of the data and of the stories; None: the run's seed", at_least=0)
 
     def check_together(self, prefix: str) -> None:
         needs = {"text": "a file or a glob", "tfds": "a name of a data set", "prepared": "a directory"}
+        needs["images"] = "a JSONL file with images and captions"
         named = self.corpus not in needs or bool(self.files)
         require(named, f"{prefix}files", "", f"{needs.get(self.corpus)} (corpus = {self.corpus!r})")
         prepared = self.corpus == "prepared"
@@ -85,6 +130,21 @@ class DataConfig:
         require(self.random_offset < self.sequence_length, f"{prefix}random_offset", self.random_offset, need)
         need = f"a divisor of data.sequence_length = {self.sequence_length}"
         require(self.sequence_length % self.align == 0, f"{prefix}align", self.align, need)
+        self._check_images(prefix)
+
+    def _check_images(self, prefix: str) -> None:
+        """Corpora of pictures have images, one with its caption a row; others have none, but for 'tfds'."""
+        paired, least = self.corpus in PAIRED, 32 if self.corpus == "scenes" else 1
+        need = f"at least {least} (corpus = {self.corpus!r})" if paired else f"0 with corpus = {self.corpus!r}"
+        fits = self.image_size >= least if paired else not self.image_size or self.corpus == "tfds"
+        require(fits, f"{prefix}image_size", self.image_size, need)
+        need = "'pad' for pictures, a caption and its picture a row"
+        require(self.packing == "pad" or not self.image_size, f"{prefix}packing", self.packing, need)
+        if self.instruction_length:
+            need = "0 without pictures (data.image_size = 0)"
+            require(bool(self.image_size), f"{prefix}instruction_length", self.instruction_length, need)
+            given = bool(self.instructions) and all(text.strip() for text in self.instructions)
+            require(given, f"{prefix}instructions", self.instructions, "one text or more, none of them empty")
 
 
 @dataclasses.dataclass(frozen=True)

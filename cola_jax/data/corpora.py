@@ -1,19 +1,24 @@
 """Documents of a corpus, divided by their content into a training and a held-out part.
 
 A document is held out if a hash of its text falls into the held-out share. The same text is therefore never in both
-parts, however often it occurs, and the division does not depend on order, file names or seeds.
+parts, however often it occurs, and the division does not depend on order, file names or seeds. Of corpora of pictures
+neither the same caption nor the same picture is in both parts.
 """
 
 import collections.abc
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 
 import numpy as np
 
 from cola_jax.config import DataConfig
-from cola_jax.data import mixture, prepared, text_files, tfds_records
+from cola_jax.data import captioned_images, mixture, prepared, scenes_pictures, text_files, tfds_records
+from cola_jax.data.captioned_images import CaptionedImages
 from cola_jax.data.hashing import Split, position
+from cola_jax.data.scene_pairs import ScenePairs
+from cola_jax.data.scenes import Scene
 from cola_jax.data.stories import Stories
 from cola_jax.types import UserError
 
@@ -21,7 +26,7 @@ from cola_jax.types import UserError
 _INDEX_BITS = 40
 _ATTEMPTS = 1 << 20
 _HOLDOUT_BIT = 1 << 63
-_SAMPLED_STORIES = 100  # stories that stand for the generator's code in `describe`
+_SAMPLED_STORIES = 100  # stories, or scenes, that stand for the generator's code in `describe`
 
 
 class _StoryDocuments(collections.abc.Sequence):
@@ -62,21 +67,51 @@ class _StoryDocuments(collections.abc.Sequence):
 
 
 class _Texts(collections.abc.Sequence):
-    """Documents by index; can be pickled."""
+    """Documents, or pictures, by index; can be pickled."""
 
-    def __init__(self, read: Callable[[int], str], indices: np.ndarray):
-        self._read, self._indices = read, indices
+    def __init__(self, read: Callable, indices: np.ndarray, where: Callable[[int], str] | None = None):
+        self._read, self._indices, self._where = read, indices, where
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int):
         if not 0 <= index < len(self._indices):
             raise IndexError(f"document {index} of {len(self._indices)}")
         return self._read(int(self._indices[index]))
 
+    def place(self, index: int) -> str:
+        """Where a document stands: its file and line."""
+        return f"document {index}" if self._where is None else self._where(int(self._indices[index]))
 
-def _split(read: Callable[[int], str], positions: np.ndarray, config: DataConfig, split: Split) -> _Texts:
+
+class _OfScenes(collections.abc.Sequence):
+    """Captions or pictures of scenes; can be pickled."""
+
+    def __init__(self, pairs: ScenePairs, make: Callable):
+        self._pairs, self._make = pairs, make
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int):
+        return self._make(self._pairs[index])
+
+    def place(self, index: int) -> str:
+        return f"scene {index}"
+
+
+def _picture(scene: Scene, size: int) -> np.ndarray:
+    return scenes_pictures.render(scene.shapes, size)
+
+
+def _split(
+    read: Callable,
+    positions: np.ndarray,
+    config: DataConfig,
+    split: Split,
+    where: Callable[[int], str] | None = None,
+) -> _Texts:
     """The documents of a split, by their positions."""
     if not len(positions):
         raise UserError(f"config.data.files = {config.files!r}: no text in it; the files must hold documents")
@@ -89,7 +124,7 @@ def _split(read: Callable[[int], str], positions: np.ndarray, config: DataConfig
             f" at least two different ones (data.document_separator = {config.document_separator!r}) and a data.holdout"
             f" that leaves some for training (now {config.holdout})"
         )
-    return _Texts(read, np.flatnonzero(held_out if split == "holdout" else ~held_out))
+    return _Texts(read, np.flatnonzero(held_out if split == "holdout" else ~held_out), where)
 
 
 def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Sequence:
@@ -107,10 +142,15 @@ def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Se
     Raises:
       UserError: Files are missing, empty or not UTF-8, or a split would be empty.
     """
-    if split not in ("train", "holdout"):
-        raise ValueError(f"split = {split!r}: must be 'train' or 'holdout'")
+    _check_split(split)
     if config.corpus == "stories":
         return _StoryDocuments(config, split, seed)
+    if config.corpus == "scenes":
+        pairs = scenes(config, split, seed)
+        return _OfScenes(pairs, pairs.scenes.caption)
+    if has_image_files(config):
+        images = _images(config)
+        return _split(images.caption, images.positions, config, split, images.place)
     if config.corpus == "prepared":
         return _prepared_texts(config, split)
     if config.corpus == "tfds":
@@ -118,6 +158,56 @@ def documents(config: DataConfig, split: Split, seed: int) -> collections.abc.Se
         return _split(records.read, records.positions, config, split)
     files = text_files.scan(config.files, config.document_separator)
     return _split(files.read, files.positions, config, split)
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "holdout"):
+        raise ValueError(f"split = {split!r}: must be 'train' or 'holdout'")
+
+
+def scenes(config: DataConfig, split: Split, seed: int) -> ScenePairs:
+    """The scenes (`scenes.Scene`) of a split of corpus 'scenes', in the order of `documents` and `pictures`."""
+    _check_split(split)
+    return ScenePairs(config, split, seed)
+
+
+def has_image_files(config: DataConfig) -> bool:
+    """Whether the corpus is image files with captions."""
+    return config.corpus == "images" or (config.corpus == "tfds" and config.image_size > 0)
+
+
+def _images(config: DataConfig) -> CaptionedImages:
+    fields = config.text_field, config.image_field, config.on_bad_image
+    if config.corpus == "tfds":
+        return captioned_images.scan_records(config.files, config.tfds_split, *fields)
+    return captioned_images.scan(config.files, *fields)
+
+
+def pictures(config: DataConfig, split: Split, seed: int) -> collections.abc.Sequence:
+    """The pictures of a split, uint8 [S, S, 3] by index; the caption of picture i is document i (`documents`).
+
+    Args:
+      config, split, seed: as for `documents`; S is ``config.image_size``.
+
+    Returns:
+      A sequence that can be pickled and read from several threads. Image files are read when they are asked for.
+
+    Raises:
+      UserError: the corpus has no pictures, or as `documents`.
+    """
+    _check_split(split)
+    if config.corpus == "scenes":
+        return _OfScenes(scenes(config, split, seed), functools.partial(_picture, size=config.image_size))
+    if not has_image_files(config):
+        raise UserError(f"config.data.corpus = {config.corpus!r}: must be a corpus with pictures")
+    images = _images(config)
+    read = functools.partial(images.picture, size=config.image_size)
+    return _split(read, images.positions, config, split, images.place)
+
+
+def place(found: collections.abc.Sequence, index: int) -> str:
+    """Where a document of a corpus of pictures comes from, for errors."""
+    return found.place(index)
 
 
 def _prepared_texts(config: DataConfig, split: Split) -> collections.abc.Sequence:
@@ -157,6 +247,8 @@ def describe(config: DataConfig, seed: int) -> dict:
             "document_separator": config.document_separator,
             "holdout": config.holdout,
         }
+    if config.image_size:
+        return _describe_pictures(config, seed)
     if config.corpus == "tfds":
         records = tfds_records.scan(config.files, config.tfds_split, config.text_field)
         return {"records": records.description, "holdout": config.holdout}
@@ -170,6 +262,20 @@ def describe(config: DataConfig, seed: int) -> dict:
         "stories_sha256": hashlib.sha256(sample.encode("utf-8")).hexdigest(),
         "holdout": config.holdout,
     }
+
+
+def _describe_pictures(config: DataConfig, seed: int) -> dict:
+    found: dict = {"holdout": config.holdout, "image_size": config.image_size}
+    if config.instruction_length:
+        found |= {"instruction_length": config.instruction_length, "instructions": list(config.instructions)}
+    if has_image_files(config):
+        return found | {"images": _images(config).description, "on_bad_image": config.on_bad_image}
+    captions, drawn = (make(config, "train", seed) for make in (documents, pictures))
+    sample = hashlib.sha256()
+    for index in range(min(_SAMPLED_STORIES, len(captions))):
+        sample.update(captions[index].encode() + drawn[index].tobytes())
+    own = {"scenes": dataclasses.asdict(config.scenes), "num_scenes": config.num_scenes}
+    return found | own | {"scenes_sha256": sample.hexdigest()}
 
 
 def _describe_mixture(config: DataConfig) -> list[dict]:

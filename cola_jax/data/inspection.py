@@ -38,6 +38,8 @@ def batches(
 def digest(config: DataConfig, tokenizer: Tokenizer, seed: int, start: int, stop: int, processes: int = 1) -> str:
     """sha256 (hex) of the tokens and segments of some steps, row by row, as int32, little endian.
 
+    Where rows have more (an image as bytes, an instruction), it comes behind them.
+
     Args:
       processes: reads as so many processes do, each its own rows; the digest must not depend on it.
     """
@@ -47,8 +49,9 @@ def digest(config: DataConfig, tokenizer: Tokenizer, seed: int, start: int, stop
     for parts in zip(*readers, strict=True):
         for row in range(config.batch_size):
             batch = parts[row % processes]
-            for name in ("tokens", "segment_ids"):
-                found.update(batch[name][row // processes].astype("<i4").tobytes())
+            for name in ("tokens", "segment_ids", *sorted(batch.keys() - {"tokens", "segment_ids"})):
+                values = batch[name][row // processes]
+                found.update((values if values.dtype == np.uint8 else values.astype("<i4")).tobytes())
     return found.hexdigest()
 
 

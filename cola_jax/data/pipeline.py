@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from cola_jax.config import DataConfig
-from cola_jax.data import corpora, mixture, packing, prepared, rows
+from cola_jax.data import corpora, mixture, packing, pair_rows, prepared, rows
 from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.nested import Difference, differences
 from cola_jax.types import UserError
@@ -142,6 +142,10 @@ def _prepared_rows(config: DataConfig, tokenizer: Tokenizer, split: corpora.Spli
 def _indexed(config: DataConfig, tokenizer: Tokenizer, split: corpora.Split, seed: int):
     """Rows by index, with a length; None where they cannot be found so."""
     length, pad_id, most = config.sequence_length, tokenizer.pad_id, config.random_offset
+    if config.image_size:
+        return pair_rows.PairRows(
+            config, tokenizer, split, seed, _small(seed), size=_ENDLESS if split == "train" else 0
+        )
     if config.corpus == "prepared":
         source, size = _prepared_rows(config, tokenizer, split, seed)
     elif config.packing == "pad":
@@ -298,7 +302,8 @@ def create(
       wanted: Which rows of a batch this process needs, 0 to B - 1; None: all.
 
     Returns:
-      A dataset of dicts with ``tokens`` and ``segment_ids``, int32 [len(wanted), T]. The state of its iterator is
+      A dataset of dicts with ``tokens`` and ``segment_ids``, int32 [len(wanted), T]; of pictures also ``image``, uint8
+      [len(wanted), S, S, 3], and perhaps instructions (`pair_rows`). The state of its iterator is
       JSON-able, small, and that of the batch that was consumed last, whatever is prefetched: ``{"step": n}`` where
       rows are found by index.
 
@@ -306,6 +311,8 @@ def create(
       UserError: The corpus cannot be read, or was prepared with another tokenizer.
     """
     filler = packing.empty_row(config.sequence_length, tokenizer.pad_id)
+    if config.image_size:
+        filler = pair_rows.empty_row(config, tokenizer)
     wanted = np.arange(config.batch_size) if wanted is None else np.asarray(wanted)
     # The held-out part is short, and workers would each end with a batch of padding: a thread is enough.
     workers = config.num_workers if split == "train" else 0

@@ -17,14 +17,17 @@ from cola_jax.data.tokenizers import (
     Tokenizer,
 )
 
-_SAMPLE_STORIES = 5_000  # stories a tokenizer is trained on
+_SAMPLE_STORIES = 5_000  # stories, or captions of scenes, that a tokenizer is trained on
+_INSTRUCTIONS = 100  # times that it sees each instruction: rows have them as often as captions
 
 
 def _training_sample(config: DataConfig) -> Iterator[str]:
     """Some training documents in a fixed random order; the held-out ones never reach the tokenizer."""
     documents = corpora.documents(config, "train", seed=0)
     budget = SAMPLE_CHARACTERS
-    most = _SAMPLE_STORIES if config.corpus == "stories" else len(documents)
+    most = _SAMPLE_STORIES if config.corpus in ("stories", "scenes") else len(documents)
+    if config.instruction_length:
+        yield from config.instructions * _INSTRUCTIONS
     for index in np.random.default_rng(0).permutation(len(documents))[:most]:
         text = documents[int(index)][:budget]
         budget -= len(text)

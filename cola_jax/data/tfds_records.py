@@ -50,7 +50,9 @@ class Records:
             raise UserError(f"{self._name}: record {index} is not UTF-8 ({error.reason}); must be text") from error
 
 
-def open_source(name: str, fields: Sequence[str], split: str, data_dir: str | None, asked: str):
+def open_source(
+    name: str, fields: Sequence[str], split: str, data_dir: str | None, asked: str, stored: Sequence[str] = ()
+):
     """The examples of a data set, by index, and its full name; it is downloaded and prepared if it is not here.
 
     Args:
@@ -59,6 +61,7 @@ def open_source(name: str, fields: Sequence[str], split: str, data_dir: str | No
       split: as TFDS understands it.
       data_dir: None: TFDS's own.
       asked: flags or fields that asked for it, with their values, for errors.
+      stored: features that must be there, too, and are left as they are stored.
 
     Raises:
       UserError: TFDS has no such data set, split or feature, or cannot read it.
@@ -69,7 +72,7 @@ def open_source(name: str, fields: Sequence[str], split: str, data_dir: str | No
         builder = tfds.builder(name, data_dir=data_dir)
         features = builder.info.features
         named = isinstance(features, dict | tfds.features.FeaturesDict)
-        for field in fields:
+        for field in (*fields, *stored):
             if not named or field not in features:
                 has = ", ".join(map(repr, sorted(features))) if features else "none that are named"
                 raise UserError(f"{asked}: no feature {field!r}; it has {has}")
