@@ -17,7 +17,7 @@ from cola_jax.models.text_vae import VAEConfig
 from cola_jax.nn import attention
 from cola_jax.nn.convolution import Convolution, depth_to_space, space_to_depth
 from cola_jax.nn.layers import LayerNorm, Linear, unstack_axis
-from cola_jax.nn.visibility import BlockPlan
+from cola_jax.nn.visibility import AnyArray, BlockPlan
 from cola_jax.types import Posterior, UserError
 
 
@@ -115,9 +115,9 @@ def forward_flops(config: ImageVAEConfig, height: int, width: int) -> tuple[floa
     return both + encoder + config.posterior_outputs * latents, both + decoder + latents
 
 
-def to_float(images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def to_float(images: UInt8[AnyArray, "B H W C"]) -> Float[Array, "B H W C"]:
     """Pixels 0 to 255 as -1 to 1."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
@@ -157,7 +157,7 @@ class MiddleAttention(nn.Module):
         config, (batch, height, width, channels) = self.config, x.shape
         length, heads = height * width, config.num_heads
         h = _norm(config, "norm")(x).reshape(batch, length, channels)
-        qkv = Linear((3, channels), ("embed", None, "heads"), dtype=self.dtype, name="qkv_proj")(h)
+        qkv = Linear((3, channels), ("embed", None, "heads"), use_bias=False, dtype=self.dtype, name="qkv_proj")(h)
         q, k, v = (part.reshape(batch, length, heads, channels // heads) for part in unstack_axis(qkv, 2))
         layout = attention.RowLayout(length, BlockPlan.equal(length), None, config.attention_kernel)
         y = attention.attend_row(q, k, v, layout).reshape(batch, length, channels)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from cola_jax.fields import require, setting
 from cola_jax.models.image_vae import ImageVAE, to_float
@@ -43,7 +43,7 @@ def terms(
     params: Params,
     batch: dict,
     keys: Key,
-    weight: Float[Array, " B"] | None = None,
+    weight: Shaped[Array, " B"] | None = None,
     features: Features | None = None,
 ) -> dict[str, Term]:
     """``|x - x'| + kl_weight KL(q || N(0, I)) + entropy_weight E_q[log q] + perceptual_weight |f(x) - f(x')|^2``.
