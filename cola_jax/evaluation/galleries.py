@@ -12,10 +12,11 @@ from cola_jax.types import Place, UserError
 
 _SMALLEST = 128  # pixels of a cell's width: smaller images are enlarged, so that captions can be read
 _MARGIN, _FONT, _LINE, _LINES = 6, 12, 15, 3  # pixels; lines of a caption
+_PAPER = 235  # light grey, from which white images can be told
 
 
 def sheet(images: np.ndarray, captions: Sequence[str] | None = None, columns: int = 8) -> np.ndarray:
-    """Images in rows, on white, each with its caption.
+    """Images in rows, on light grey, each with its caption.
 
     Args:
       images: uint8 [n, H, W, 3], n at least 1. Small ones are enlarged by a whole factor, their pixels kept as squares.
@@ -42,7 +43,7 @@ def sheet(images: np.ndarray, captions: Sequence[str] | None = None, columns: in
     step_y = height + _MARGIN + (_LINE * max(map(len, lines)) if lines else 0)
     step_x, columns = width + _MARGIN, min(columns, len(images))
     rows = -(-len(images) // columns)
-    canvas = np.full((rows * step_y + _MARGIN, columns * step_x + _MARGIN, 3), 255, np.uint8)
+    canvas = np.full((rows * step_y + _MARGIN, columns * step_x + _MARGIN, 3), _PAPER, np.uint8)
     corners = [(_MARGIN + n // columns * step_y, _MARGIN + n % columns * step_x) for n in range(len(images))]
     for image, (top, left) in zip(images, corners, strict=True):
         canvas[top : top + height, left : left + width] = image
