@@ -15,6 +15,7 @@ from cola_jax.flow import density as flow_density
 from cola_jax.flow.solve import Velocity
 from cola_jax.likelihood.settings import Settings
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit_layer import Before
 from cola_jax.types import Key, Params
 
 
@@ -36,8 +37,30 @@ class Density(NamedTuple):
 def precise(model: ColaDLM, params: Params, settings: Settings) -> tuple[ColaDLM, Params]:
     """Model and parameters (of the prior alone) that compute in the settings' dtype, whatever the model's own is."""
     dtype = jnp.dtype(settings.dtype)
-    prior = jax.tree.map(lambda x: x.astype(dtype), {"dit": params["params"]["dit"]})
-    return model.clone(dtype=dtype), {"params": prior}
+    prior = {**params, "params": {"dit": params["params"]["dit"]}}
+    return model.clone(dtype=dtype), jax.tree.map(lambda x: x.astype(dtype) if _is_float(x) else x, prior)
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _befores(params: Params, rows: int) -> tuple | None:
+    """The parts of what stands before each of ``rows`` rows (`Before`): samples of as many texts as it has."""
+    if "before" not in params:
+        return None
+    before = params["before"]["dit"]["is"]
+    count = rows // before.ids.shape[0]
+    keys, values = (jnp.repeat(x, count, axis=1) for x in before.pair)
+    return keys, values, jnp.repeat(before.ids, count, axis=0)
+
+
+def _with(params: Params, parts: tuple | None) -> Params:
+    """The variables with what stands before a batch of rows, or before one: then without its axis."""
+    if parts is None:
+        return params
+    keys, values, ids = parts if parts[2].ndim == 2 else (parts[0][:, None], parts[1][:, None], parts[2][None])
+    return {**params, "before": {"dit": {"is": Before(keys, values, ids)}}}
 
 
 def block_velocity(
@@ -115,21 +138,24 @@ def log_prob(
     pinned = jnp.zeros((batch, length), bool) if pinned is None else pinned
     latents = latents.astype(dtype)
     states = latents if states is None else states.astype(dtype)
-    cache = model.apply(params, latents, segments, method="history")
+    befores = _befores(params, batch)
+    cache = model.apply(_with(params, befores), latents, segments, method="history")
     scale = model.dit_config.deviation
 
-    def block_log_prob(cache, index, z, real, pinned, key):
+    def block_log_prob(cache, before, index, z, real, pinned, key):
         free = real & ~pinned
         probes = None if key is None else draw_probes(key, settings, (size, channels))
-        velocity = block_velocity(model, params, cache, index, real, pinned)
+        velocity = block_velocity(model, _with(params, before), cache, index, real, pinned)
         flow = flow_density.transport(velocity, z, settings.method, start, free=free, probes=probes, scale=scale)
         return flow_density.log_prob(flow, free), flow
 
-    per_block = jax.vmap(block_log_prob, in_axes=(None, 0, 0, 0, 0, None if keys is None else 0))
-    per_sequence = jax.vmap(per_block, in_axes=(1, None, 0, 0, 0, None if keys is None else 0))
+    per_block = jax.vmap(block_log_prob, in_axes=(None, None, 0, 0, 0, 0, None if keys is None else 0))
+    of_before = None if befores is None else (1, 1, 0)
+    per_sequence = jax.vmap(per_block, in_axes=(1, of_before, None, 0, 0, 0, None if keys is None else 0))
     by_block = (batch, blocks, size)
     log_p, flow = per_sequence(
         cache,
+        befores,
         jnp.arange(blocks),
         states.reshape(*by_block, channels),
         (segments > 0).reshape(by_block),

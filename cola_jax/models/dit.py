@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS
 from cola_jax.models.dit_config import DiTConfig
-from cola_jax.models.dit_layer import DiTContext, DiTLayer, clean_positions
+from cola_jax.models.dit_layer import Before, DiTContext, DiTLayer, clean_positions
 from cola_jax.nn import attention, embeddings, visibility
 from cola_jax.nn.layers import LayerNorm, Linear, scan_layers, separate_layers
 from cola_jax.nn.modulation import Modulation, ModulationTables, spread, table_rows
@@ -36,6 +36,9 @@ class Extended(NamedTuple):
 
 class BlockCausalDiT(nn.Module):
     """Velocity field of the latent flow, factorised over blocks (3.3, 3.7).
+
+    Its variables may say what stands before all rows (`Before`); every method then reads it. Where "kept" is mutable,
+    `denoise` leaves there the keys and values of the clean copy.
 
     Attributes:
       config: sizes and options.
@@ -106,6 +109,19 @@ class BlockCausalDiT(nn.Module):
         pinned = None if context.pinned is None else context.pinned[:, -(clean + length) :]
         return spread(values, pinned, length, clean, context.stretches)
 
+    def _before(self) -> Before | None:
+        return self.get_variable("before", "is") if self.has_variable("before", "is") else None
+
+    def _layout(self, length: int, plan: BlockPlan, segment_ids) -> tuple[attention.RowLayout, tuple | None]:
+        """Layout of a row, and what its layers are given: the keys and values of what stands before it."""
+        before, kernel = self._before(), self.config.attention_kernel
+        if before is None:
+            return attention.RowLayout(length, plan, segment_ids, kernel), None
+        if segment_ids is None:
+            segment_ids = jnp.ones((1, length), jnp.int32)
+        pairs = before.pair if self.stacked else tuple(zip(*before.pair, strict=True))
+        return attention.RowLayout(length, plan, segment_ids, kernel, before.ids), (pairs, None)
+
     def _plan(self, plan: BlockPlan | None) -> BlockPlan:
         return plan or BlockPlan.equal(self.config.block_size)
 
@@ -132,7 +148,7 @@ class BlockCausalDiT(nn.Module):
             return getattr(self.layers, method)(carry, inputs, context)
         outputs = []
         for index, layer in enumerate(self.layers):
-            given = None if inputs is None else tuple(part[index] for part in inputs)
+            given = None if inputs is None else tuple(None if part is None else part[index] for part in inputs)
             carry, output = getattr(layer, method)(carry, given, context)
             outputs.append(output)
         return carry, tuple(outputs)
@@ -218,14 +234,20 @@ class BlockCausalDiT(nn.Module):
         """Keys and values [layers, B, H, N, C] of clean latents: the start of a cache (see `extend`)."""
         return self._sequence(latents, jnp.zeros((1, 1)), None, segment_ids, plan)[1]
 
+    def clean_stream(self, latents: Float[Array, "B N D"], positions: Int[Array, "1 N"]) -> tuple:
+        """What layers elsewhere need of clean latents: input [B, N, C], embedding of t = 0 [1, 1, E], rotations."""
+        context = DiTContext(*self._time(jnp.zeros((1, 1))), None, self._angles(positions))
+        x = self._input(latents, positions, self._plan(None), context)
+        return x, context.time[:, :1], context.angles
+
     def _sequence(self, latents, times, pinned, segment_ids, plan, estimate=None):
         """(velocity, keys and values, output) of one pass."""
         length, plan = latents.shape[1], self._plan(plan)
         positions = jnp.arange(length)[None]
-        layout = attention.RowLayout(length, plan, segment_ids, self.config.attention_kernel)
+        layout, before = self._layout(length, plan, segment_ids)
         stretches = plan.stretches(length, times.shape[1])
         context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
-        x, kv = self._apply_layers(self._input(latents, positions, plan, context, None, estimate), None, context)
+        x, kv = self._apply_layers(self._input(latents, positions, plan, context, None, estimate), before, context)
         velocity, output = self._output(x, latents, context)
         return velocity, kv, output
 
@@ -274,7 +296,7 @@ class BlockCausalDiT(nn.Module):
         stretches = plan.stretches(length, times.shape[1], copies)
         if stretches is None and length % (total // times.shape[1]):  # stretches longer than a copy
             times = jnp.repeat(times, total // times.shape[1], axis=1)
-        ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
         noisy_ids, dropped = jnp.tile(ids, (1, copies)), None
         if drop_history is not None:
             sizes = plan.stretches(length, drop_history.shape[1], copies)
@@ -286,18 +308,25 @@ class BlockCausalDiT(nn.Module):
             pinned = jnp.pad(pinned, ((0, 0), (length, 0)))
         ids = jnp.concatenate([ids, noisy_ids], axis=1)
         positions = jnp.tile(jnp.arange(length)[None], (1, 1 + copies))
-        layout = attention.RowLayout(length, plan, ids, self.config.attention_kernel)
-        context = DiTContext(*self._time(times), pinned, self._angles(positions), layout, stretches=stretches)
+        layout, before = self._layout(length, plan, ids)
+        keeps = self.is_mutable_collection("kept") and not self.is_initializing()
+        shared = (pinned, self._angles(positions), layout)
+        context = DiTContext(*self._time(times), *shared, stretches=stretches, keeps=keeps)
         if estimate is not None:
             estimate = jnp.pad(estimate, ((0, 0), (length, 0), (0, 0)))
         x = self._input(jnp.concatenate([history, noisy], axis=1), positions, plan, context, dropped, estimate)
-        *first, last = self._separate() or (None,)
-        if last is None:
-            x, _ = self._apply_layers(x, None, context)
+        separate = self._separate()
+        if separate is None:
+            x, kept = self._apply_layers(x, before, context)
         else:
-            for layer in first:
-                x, _ = layer(x, None, context)
-            x, _ = last(x, None, context, last=True)
+            kept = []
+            for index, layer in enumerate(separate):
+                given = None if before is None else (jax.tree.map(lambda part, i=index: part[i], before[0]), None)
+                x, pair = layer(x, given, context, last=index + 1 == len(separate))
+                kept.append(pair)
+            kept = jax.tree.map(lambda *parts: jnp.stack(parts), *kept) if keeps else None
+        if keeps:
+            self.sow("kept", "keys_values", kept)
         return self._output(x[:, -total:], noisy, context)
 
     def modulations(self, times: Float[Array, " M"]) -> ModulationTables:
@@ -344,7 +373,9 @@ class BlockCausalDiT(nn.Module):
         """
         batch, length = latents.shape[:2]
         own_mask = visibility.block_causal(BlockPlan.equal(length), length) if own_mask is None else own_mask
-        seen = own_mask.shape[1]
+        seen, before = own_mask.shape[1], self._before()
+        if before is not None:
+            cache, cache_mask = before.cached(cache, cache_mask)
         history_mask = visibility.of_cache(cache_mask, seen)
         embedded, index = (None, None), None
         if modulations is None:

@@ -29,26 +29,37 @@ class RowLayout:
       plan: blocks of a copy.
       segment_ids: document of each position of the row; None: all are of one.
       kernel: one of `KERNELS` (see `choose_kernel`).
+      context_ids: document of each position of a context that stands before the row; None: there is none.
     """
 
     length: int = flax.struct.field(pytree_node=False)
     plan: BlockPlan = flax.struct.field(pytree_node=False)
     segment_ids: Int[Array, "#B R"] | None = None
     kernel: str = flax.struct.field(pytree_node=False, default="xla")
+    context_ids: Int[Array, "#B S"] | None = None
 
 
 def attend_row(
-    q: Float[Array, "B R H C"], k: Float[Array, "B R H C"], v: Float[Array, "B R H C"], layout: RowLayout
+    q: Float[Array, "B R H C"],
+    k: Float[Array, "B R H C"],
+    v: Float[Array, "B R H C"],
+    layout: RowLayout,
+    context: tuple[Float[Array, "B H S C"], Float[Array, "B H S C"]] | None = None,
 ) -> Float[Array, "B R H C"]:
     """Softmax attention of a row of ``R / layout.length`` copies, each query to what is `visible` to it.
 
     No mask of R x R is made.
+
+    Args:
+      q, k, v: of the row.
+      layout: of the row; its ``context_ids`` are the segments of the context's positions.
+      context: keys and values, as they were `kept`, of clean data that stands before the row: an earlier block.
     """
     if q.shape[1] > layout.length and not layout.plan.is_whole(layout.length):
         raise ValueError(f"{layout.length} positions: must end with a block where noisy copies follow")
     kernel = choose_kernel(layout.kernel, q.shape[-1], q.shape[1], jax.default_backend())
-    if kernel == "xla":
-        return checkpoint_name(_xla(q, k, v, layout), "attention")
+    if kernel == "xla" or context is not None:
+        return checkpoint_name(_xla(q, k, v, layout, context), "attention")
     from cola_jax.nn import splash  # loads Pallas
 
     return splash.attend(q, k, v, layout.segment_ids, layout.length, layout.plan, kernel == "splash_interpreted")
@@ -78,24 +89,30 @@ def _chunks(length: int, plan: BlockPlan) -> list[tuple[int, int, int]]:
     return chunks
 
 
-def _xla(q, k, v, layout: RowLayout):
+def _xla(q, k, v, layout: RowLayout, context=None):
     """Chunk by chunk of the queries, each against the keys up to its end: about half of all pairs."""
     (batch, row, heads, channels), length = q.shape, layout.length
     copies = row // length - 1
     ids = jnp.zeros((1, row), jnp.int32) if layout.segment_ids is None else layout.segment_ids
     clean, noisy = _places(layout.plan, ids, length)
     clean_q, clean_k, clean_v = (x[:, :length] for x in (q, k, v))
+    keys, held = clean, 0
+    if context is not None:
+        keys, held = _after_context(clean, layout.context_ids), layout.context_ids.shape[1]
+        clean_k, clean_v = (
+            jnp.concatenate(pair, axis=1) for pair in zip(kept(*context), (clean_k, clean_v), strict=True)
+        )
     noisy_qkv = [x[:, length:].reshape(batch, copies, length, heads, channels) for x in (q, k, v)]
     clean_out, noisy_out = [], []
     for begin, end, size in _chunks(length, layout.plan):
-        mask = visible(_at(clean, begin, end), _at(clean, 0, end))
-        clean_out.append(attend(clean_q[:, begin:end], clean_k[:, :end], clean_v[:, :end], mask))
+        mask, seen = visible(_at(clean, begin, end), _at(keys, 0, held + end)), slice(held + end)
+        clean_out.append(attend(clean_q[:, begin:end], clean_k[:, seen], clean_v[:, seen], mask))
         if not copies:
             continue
         part_qkv = (x[:, :, begin:end].reshape(batch, -1, heads, channels) for x in noisy_qkv)
-        past = end - size  # the chunk's last block sees nothing later
+        past = held + end - size  # the chunk's last block sees nothing later
         here = _at(noisy, begin, end)
-        earlier = visible(here, Place(*(x[:, None] for x in _at(clean, 0, past))))
+        earlier = visible(here, Place(*(x[:, None] for x in _at(keys, 0, past))))
         earlier = earlier.reshape(earlier.shape[0], copies * (end - begin), past)
         own = visible(*[_by_block(here, size)] * 2)
         own = own.reshape(own.shape[0], -1, size, size)
@@ -113,6 +130,14 @@ def _places(plan: BlockPlan, ids: Array, length: int) -> tuple[Place, Place]:
     copy = np.arange(1, 1 + copies, dtype=np.int32)[None, :, None]
     noisy = Place(copy, block[None, None], ids[:, length:].reshape(ids.shape[0], copies, length))
     return clean_place(block[None], ids[:, :length]), noisy
+
+
+def _after_context(clean: Place, context_ids: Array) -> Place:
+    """Places of a context, the block before the first one, and of the clean copy behind it."""
+    ids = (context_ids, clean.segment)
+    batch = max(x.shape[0] for x in ids)
+    block = jnp.pad(clean.block, ((0, 0), (context_ids.shape[1], 0)), constant_values=-1)
+    return clean_place(block, jnp.concatenate([jnp.broadcast_to(x, (batch, x.shape[1])) for x in ids], axis=1))
 
 
 def _at(place: Place, begin: int, end: int) -> Place:

@@ -12,6 +12,17 @@ def rope_angles(positions: Int[Array, "B N"], dim: int, theta: float) -> Float[A
     return positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
 
 
+def rope_angles_2d(
+    rows: Int[Array, "B N"], columns: Int[Array, "B N"], dim: int, theta: float
+) -> Float[Array, "B N C"]:
+    """`rope_angles` of places in a picture: even channel pairs turn with the row, odd ones with the column.
+
+    Where row and column are equal these are the angles of a text's position: both modalities share one frame.
+    """
+    by_row, by_column = (rope_angles(places, dim, theta) for places in (rows, columns))
+    return jnp.where(jnp.arange(by_row.shape[-1]) % 2 == 0, by_row, by_column)
+
+
 def apply_rope(
     x: Float[Array, "B N H C"], angles: Float[Array, "#B N R"], interleaved: bool, full_precision: bool = True
 ) -> Float[Array, "B N H C"]:
