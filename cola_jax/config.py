@@ -112,6 +112,11 @@ class DataConfig:
         "of captioning; each row has one of them",
     )
     instruction_length: int = setting(0, "tokens of the instruction of a row; 0: rows have none", at_least=0)
+    task_shares: tuple[float, ...] = setting(
+        (),
+        "shares of the batches that train the tasks text, image and caption (family 'unified'); empty: none is told",
+        at_least=0,
+    )
     batch_size: int = setting(32, "rows a step, B, over all devices and processes", at_least=1)
     num_workers: int = setting(0, "Grain worker processes", at_least=0)
     seed: int | None = setting(None, "of the order of the data and of the stories; None: the run's seed", at_least=0)
@@ -140,6 +145,8 @@ class DataConfig:
         require(fits, f"{prefix}image_size", self.image_size, need)
         need = "'pad' for pictures, a caption and its picture a row"
         require(self.packing == "pad" or not self.image_size, f"{prefix}packing", self.packing, need)
+        need = "empty, or numbers of which one is above 0"
+        require(not self.task_shares or sum(self.task_shares) > 0, f"{prefix}task_shares", self.task_shares, need)
         if self.instruction_length:
             need = "0 without pictures (data.image_size = 0)"
             require(bool(self.image_size), f"{prefix}instruction_length", self.instruction_length, need)

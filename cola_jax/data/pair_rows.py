@@ -1,10 +1,12 @@
 """Rows of a caption and its picture by index, perhaps with an instruction: what captioned corpora make of `packing`.
 
 Beside ``tokens`` and ``segment_ids`` a row has ``image``, uint8 [S, S, 3], and where the config asks for instructions
-``instruction`` and ``instruction_segment_ids``, int32 [L].
+``instruction`` and ``instruction_segment_ids``, int32 [L], and where it asks for tasks ``task``, the same for all rows
+of a batch.
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from cola_jax.data import corpora, packing, rows
 from cola_jax.data.tokenizers import Tokenizer
 from cola_jax.types import UserError
 
+INSTRUCTION = ("instruction", "instruction_segment_ids")
+
 
 def empty_row(config: DataConfig, tokenizer: Tokenizer) -> packing.Row:
     """A row of nothing but padding; its image is all zeros."""
@@ -20,12 +24,14 @@ def empty_row(config: DataConfig, tokenizer: Tokenizer) -> packing.Row:
     row["image"] = np.zeros((config.image_size, config.image_size, 3), np.uint8)
     if config.instruction_length:
         row |= _instruction(np.zeros(0, np.int32), config.instruction_length, tokenizer.pad_id)
+    if config.task_shares:
+        row["task"] = np.int32(0)
     return row
 
 
 def _instruction(ids: np.ndarray, length: int, pad_id: int) -> packing.Row:
     padded = packing.pad_row(ids, length, pad_id)
-    return {"instruction": padded["tokens"], "instruction_segment_ids": padded["segment_ids"]}
+    return dict(zip(INSTRUCTION, (padded["tokens"], padded["segment_ids"]), strict=True))
 
 
 def _instructions(config: DataConfig, tokenizer: Tokenizer) -> list[packing.Row]:
@@ -40,6 +46,21 @@ def _instructions(config: DataConfig, tokenizer: Tokenizer) -> list[packing.Row]
             )
         found.append(_instruction(ids, config.instruction_length, tokenizer.pad_id))
     return found
+
+
+def task(shares: Sequence[float], batch: int, seed: int | None) -> int:
+    """The task of a batch: drawn by the shares; without a seed, those that have a share take turns.
+
+    Args:
+      shares: of the tasks, one of them above 0.
+      batch: its number.
+      seed: 32 bits, or None.
+    """
+    if seed is None:
+        wanted = np.flatnonzero(shares)
+        return int(wanted[batch % len(wanted)])
+    draw = np.random.Generator(np.random.Philox(key=np.array([seed, 2**63 + batch], np.uint64)))
+    return int(np.searchsorted(np.cumsum(shares), draw.random() * sum(shares), side="right"))
 
 
 class PairRows:
@@ -112,6 +133,8 @@ class PairRows:
         offset = int(draw.integers(config.random_offset + 1))
         row = packing.pad_row(self._tokens(place), config.sequence_length, self._tokenizer.pad_id, offset)
         row["image"] = self._pictures[place]
+        if config.task_shares:
+            row["task"] = np.int32(task(config.task_shares, index // config.batch_size, self._shuffle_seed))
         if self._instructions:
             row |= self._instructions[int(draw.integers(len(self._instructions)))]
         return row

@@ -322,6 +322,20 @@ def create(
     return _CloseAtExit(_ahead(_streamed(config, tokenizer, split, seed, wanted, filler), workers))
 
 
+def shapes(config: DataConfig, rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of a batch with so many rows."""
+    text, side = ((rows, config.sequence_length), np.dtype(np.int32)), config.image_size
+    found = {"tokens": text, "segment_ids": text}
+    if not side:
+        return found
+    found["image"] = ((rows, side, side, 3), np.dtype(np.uint8))
+    if config.instruction_length:
+        found |= dict.fromkeys(pair_rows.INSTRUCTION, ((rows, config.instruction_length), np.dtype(np.int32)))
+    if config.task_shares:
+        found["task"] = ((rows,), np.dtype(np.int32))
+    return found
+
+
 def _streamed(config: DataConfig, tokenizer: Tokenizer, split, seed: int, wanted, filler) -> grain.IterDataset:
     """Batches of online documents laid end to end."""
     documents = grain.MapDataset.source(corpora.documents(config, split, seed))
@@ -365,7 +379,7 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> dict:
     }
 
 
-_LATER_FIELDS = {"random_offset": 0, "shuffle": "documents"}
+_LATER_FIELDS = {"random_offset": 0, "shuffle": "documents", "task_shares": ()}
 _FREE = ("grain", "order", "num_workers")  # may be missing on one side
 
 

@@ -128,8 +128,7 @@ class Scenes:
         looks, cells = _distinct(draws, self._looks, count), _distinct(draws, _CELLS, count)
         sizes = [_pick(draws, self._sizes) for _ in range(count)]
         shapes = tuple(
-            Shape(kind, colour, size, *cell)
-            for (colour, kind), size, cell in zip(looks, sizes, cells, strict=True)
+            Shape(kind, colour, size, *cell) for (colour, kind), size, cell in zip(looks, sizes, cells, strict=True)
         )
         named = tuple(captions.Named(_pick(draws, (shape.size, None)), shape.colour, shape.kind) for shape in shapes)
         if not self.config.sizes:

@@ -217,6 +217,22 @@ def flow_terms(
     posterior: Posterior | None = None,
     tokens: Array | None = None,
 ) -> dict[str, Term]:
+    """The terms of `flow`."""
+    return flow(model, stage, params, z, segments, keys, frozen, posterior, tokens)[0]
+
+
+def flow(
+    model,
+    stage: Stage2Config,
+    params,
+    z,
+    segments,
+    keys: Key,
+    frozen: bool = False,
+    posterior: Posterior | None = None,
+    tokens: Array | None = None,
+    mutable: tuple[str, ...] = (),
+) -> tuple[dict[str, Term], dict]:
     """``L_FM`` (3.7): squared error of the velocity, per element, over positions that are noisy and real.
 
     The history is stop-gradient, and so are the positions that a prompt block keeps clean: they are a condition
@@ -230,11 +246,12 @@ def flow_terms(
       frozen: whether the VAE is.
       posterior: of the latents, before normalisation; needed where ``stage.target`` is "posterior".
       tokens: [B, N], one for each latent; needed where ``stage.code_weight`` is above 0.
+      mutable: collections that the network shall record ("kept", see `BlockCausalDiT`).
 
     Returns:
-      "flow", the loss; "codes" where it has a weight, the cross-entropy of each latent's token under
-      `flow.prediction.code_scores`, nats; and for the log, without a gradient, the mean error of the drawn times in
-      each of `TIME_BINS`.
+      The terms, and what was recorded. "flow", the loss; "codes" where it has a weight, the cross-entropy of each
+      latent's token under `flow.prediction.code_scores`, nats; and for the log, without a gradient, the mean error of
+      the drawn times in each of `TIME_BINS`.
     """
     copies, block = stage.noise_copies, model.dit_config.block_size
     draw = _draw(stage, keys, z.shape[1], z.shape[2], block)
@@ -250,24 +267,25 @@ def flow_terms(
     if draw.pinned is not None:
         noisy = jnp.where(draw.pinned[..., None], jnp.tile(history, (1, copies, 1)), noisy)
         counted = counted * ~draw.pinned
-    velocity, scores = _predict(model, stage, params, noisy, draw, history, segments, keys)
+    velocity, recorded = _predict(model, stage, params, noisy, draw, history, segments, keys, mutable)
     error = jnp.mean(jnp.square(velocity - target), axis=-1)
     times = times[..., 0]
     out = {
         f"flow_from_{low:g}": common.per_example(error, counted * (times >= low) * (times < high), 0.0)
         for low, high in itertools.pairwise(TIME_BINS)
     }
-    if scores is not None:
+    if stage.code_weight:
+        (scores,) = recorded["scores"]["dit"]["codes"]
         surprise = common.cross_entropy(scores, jnp.tile(tokens, (1, copies)))
         out["codes"] = common.per_example(surprise, counted, stage.code_weight)
     if stage.time_weight != "as_drawn":
         error = error * schedule.importance(stage.weight, stage.times, times)
-    return {"flow": common.per_example(error, counted, stage.flow_weight)} | out
+    return {"flow": common.per_example(error, counted, stage.flow_weight)} | out, recorded
 
 
-def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments, keys: Key):
-    """Velocity of the noisy copies, and the scores of their codes where these have a weight, else None."""
-    if noisy.shape[1] == model.dit_config.block_size and draw.dropped is None:
+def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments, keys: Key, mutable):
+    """Velocity of the noisy copies, and what was recorded: the scores of their codes where these have a weight."""
+    if noisy.shape[1] == model.dit_config.block_size and draw.dropped is None and "kept" not in mutable:
         history = None  # one block: nothing is before it
     apply = functools.partial(
         model.apply,
@@ -283,11 +301,11 @@ def _predict(model, stage: Stage2Config, params, noisy, draw, history, segments,
     if model.dit_config.self_conditioning:
         reads = rng.uniform(rng.fold_in(keys, 1), (1, 1)) < stage.self_conditioning
         options["estimate"] = jnp.where(reads, jax.lax.stop_gradient(apply(method="first_estimate")), 0.0)
-    if not stage.code_weight:
-        return apply(**options, method="velocity"), None
-    velocity, recorded = apply(**options, method="velocity", mutable=["scores"])
-    (scores,) = recorded["scores"]["dit"]["codes"]
-    return velocity, scores
+    if stage.code_weight:
+        mutable = (*mutable, "scores")
+    if not mutable:
+        return apply(**options, method="velocity"), {}
+    return apply(**options, method="velocity", mutable=list(mutable))
 
 
 def _posterior_target(model, stage: Stage2Config, posterior: Posterior, noisy, times):

@@ -360,6 +360,16 @@ def test_workers_read_the_same(folder):
     assert same(take(dataclasses.replace(config, num_workers=1), 4), take(config, 4))
 
 
+def test_the_rows_of_a_batch_have_one_task(config):
+    config = dataclasses.replace(config, task_shares=(1.0, 1.0, 1.0))
+    tasks = np.array([batch["task"] for batch in take(config, 30)])
+    assert np.all(tasks == tasks[:, :1]) and set(tasks[:, 0]) == {0, 1, 2}
+    part = np.array([batch["task"] for batch in take(config, 30, wanted=[1])])
+    np.testing.assert_array_equal(part[:, 0], tasks[:, 0])  # whatever rows a process has
+    held_out = [batch["task"][0] for batch in pipeline.create(config, TOKENIZER, "holdout", 0)]
+    assert held_out == [number % 3 for number in range(len(held_out))]
+
+
 def test_instructions_are_drawn_for_each_row(config):
     config = dataclasses.replace(config, instruction_length=48, align=8)
     found = []

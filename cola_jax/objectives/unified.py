@@ -1,0 +1,162 @@
+"""Flow matching of one prior over text and images: three tasks, each a conditional of one joint (5.5).
+
+Rows by task, with clean text C, noisy text N, instruction P, image I: text ``[C][N]``, image ``[C][I][N]`` (the image
+is noisy, and the text's blocks are an auxiliary loss), caption ``[P][I][C][N]`` (instruction and image are clean).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cola_jax import rng
+from cola_jax.fields import like, require, setting
+from cola_jax.flow import prediction, schedule
+from cola_jax.flow.path import PATHS, interpolate
+from cola_jax.models.dit_layer import Before
+from cola_jax.models.image_vae import to_float
+from cola_jax.models.unified import with_before
+from cola_jax.objectives import common, stage2
+from cola_jax.objectives.stage2 import Stage2Config
+from cola_jax.types import Key, Params, Term
+
+TASKS = ("text", "image", "caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedStage2Config(Stage2Config):
+    """The joint prior, with both VAEs frozen; the fields of `Stage2Config` are those of text."""
+
+    image_weight: float = setting(1.0, "weight of the image's velocity error", at_least=0)
+    auxiliary_weight: float = setting(1.0, "task 'image': weight of its text's velocity error", at_least=0)
+    caption_weight: float = setting(1.0, "task 'caption': weight of the velocity error", at_least=0)
+    image_time_distribution: str = setting(
+        "logit_normal", "of an image's flow time", choices=("logit_normal", "uniform")
+    )
+    image_time_loc: float = setting(0.0, "mean of its normal; larger images want more")
+    image_time_scale: float = like(Stage2Config, "time_scale")
+    text_dropout: float = setting(
+        0.1, "task 'image': share of the images that see no text, for guidance", at_least=0, at_most=1
+    )
+
+    def check_together(self, prefix: str) -> None:
+        super().check_together(prefix)
+        need = "'fix_vae': the joint prior is trained with both VAEs frozen"
+        require(self.strategy == "fix_vae", f"{prefix}strategy", self.strategy, need)
+
+    @property
+    def image_times(self) -> schedule.Times:
+        """The distribution of the images' flow times."""
+        return schedule.Times(
+            self.image_time_distribution, self.image_time_loc, self.image_time_scale, path=PATHS[self.path]
+        )
+
+
+def grid_of(model, images) -> tuple[int, int]:
+    """Rows and columns of the latents of images [B, Y, X, C]."""
+    return model.image_vae_config.grid(*images.shape[1:3])
+
+
+def image_latents(model, params: Params, images: jax.Array, keys: Key | None = None) -> jax.Array:
+    """Normalised latents [B, N, D] of uint8 images: a sample of their posterior, or without keys its mean."""
+    posterior = model.apply(params, to_float(images), method="encode_image")
+    return model.normalize_image(posterior.mean if keys is None else common.draw(posterior, keys))
+
+
+def before_of(model, params: Params, batch: dict) -> Before:
+    """What stands before the text of the task "caption": the instruction, if there is one, and the image.
+
+    Args:
+      model: a `UnifiedDLM`.
+      params: its variables.
+      batch: ``image`` [B, Y, X, 3] uint8 and, if there is one, ``instruction`` [B, M] with its segment ids.
+    """
+    pixels = batch["image"]
+    picture = image_latents(model, params, pixels)
+    return _before(model, params, batch, picture, grid_of(model, pixels))
+
+
+def _before(model, params, batch, picture, grid) -> Before:
+    if "instruction" not in batch:
+        return model.apply(params, picture, grid, method="image_before")
+    said = {"tokens": batch["instruction"], "segment_ids": batch["instruction_segment_ids"]}
+    ids = common.latent_segments(said, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(said, model.vae_config.vocab_size)
+    words = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
+    return model.apply(params, words, ids, picture, grid, method="joined")
+
+
+def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:
+    """Velocity errors of the batch's task, the other tasks' terms being empty.
+
+    Args:
+      model: a `UnifiedDLM`.
+      stage: weights, times, dropout.
+      params: variables; only the prior's have gradients.
+      batch: ``tokens`` and ``segment_ids`` [B, T], ``image`` [B, Y, X, 3] uint8, ``task`` [B], the same index of
+        `TASKS` for all; maybe ``instruction`` (`before_of`). Rows without text count nowhere.
+      keys: [B].
+
+    Returns:
+      "text_flow", "image_flow", "auxiliary_flow" (the text of the task "image"), "caption_flow", and "codes" where they
+      have a weight.
+    """
+    text_keys, flow_keys, picture_keys, image_keys = rng.split(keys, 4)
+    segments = common.latent_segments(batch, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    posterior = jax.lax.stop_gradient(model.apply(params, inputs, segments, method="encode"))
+    z = model.normalize(common.draw(posterior, text_keys))
+    grid = grid_of(model, batch["image"])
+    seen = jax.lax.stop_gradient(model.apply(params, to_float(batch["image"]), method="encode_image"))
+    picture = model.normalize_image(common.draw(seen, picture_keys))
+    weights = {
+        "text_flow": stage.flow_weight,
+        "image_flow": stage.image_weight,
+        "auxiliary_flow": stage.auxiliary_weight,
+        "caption_flow": stage.caption_weight,
+    }
+    if stage.code_weight:
+        weights["codes"] = stage.code_weight
+    nothing = jnp.zeros(z.shape[0])
+
+    def text_terms(variables, mutable=()):
+        return stage2.flow(model, stage, variables, z, segments, flow_keys, True, posterior, batch["tokens"], mutable)
+
+    def filled(name, found, **more):
+        """(value, weight) of all terms, of a task whose text's error is called ``name``."""
+        found = {name: found["flow"], **{key: found[key] for key in ("codes",) if key in weights}, **more}
+        return {key: (*found[key][:2],) if key in found else (nothing, nothing) for key in weights}
+
+    def text():
+        return filled("text_flow", text_terms(params)[0])
+
+    def image():
+        found, recorded = text_terms(params, ("kept",))
+        (pair,) = recorded["kept"]["dit"]["keys_values"]
+        term = _image_flow(model, stage, params, picture, seen, grid, Before(*pair, segments), image_keys)
+        return filled("auxiliary_flow", found, image_flow=term)
+
+    def caption():
+        before = _before(model, params, batch, picture, grid)
+        return filled("caption_flow", text_terms(with_before(params, before))[0])
+
+    found = jax.lax.switch(batch["task"][0], (text, image, caption))
+    return {name: Term(*found[name], coefficient) for name, coefficient in weights.items()}
+
+
+def _image_flow(model, stage: UnifiedStage2Config, params, picture, seen, grid, before: Before, keys: Key) -> Term:
+    """Velocity error of images (their posterior: ``seen``) that read a text or nothing; mean over channels."""
+    noise_keys, time_keys, drop_keys = rng.split(keys, 3)
+    times = schedule.sample(stage.image_times, time_keys, 1)
+    noise = rng.normal(noise_keys, picture.shape[1:])
+    path, times = PATHS[stage.path], times[..., None]
+    noisy, target = interpolate(path, picture, noise, times)
+    if stage.target == "posterior":
+        variance = jnp.exp(seen.logvar) * model.image_vae_config.scale**2
+        target = prediction.posterior_velocity(path, noisy, times, model.normalize_image(seen.mean), variance)
+    dropped = rng.uniform(drop_keys, (1,)) < stage.text_dropout
+    ids = jnp.broadcast_to(jnp.where(dropped, -1, 1), picture.shape[:2])
+    velocity = model.apply(params, noisy, times[:, 0, 0], grid, before, ids, method="image_velocity")
+    error = jnp.mean(jnp.square(velocity - target), axis=-1)
+    real = jnp.any(before.ids > 0, axis=1, keepdims=True)
+    return common.per_example(error, jnp.broadcast_to(real, error.shape).astype(error.dtype), stage.image_weight)
