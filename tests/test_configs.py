@@ -45,14 +45,13 @@ def test_config_passes_eval_shape(name):
     family = families.of(config)
     config = family.resolve(config, config.data.vocab_size)
     model = family.model(config)
-    row = jax.ShapeDtypeStruct((2, config.data.sequence_length), jnp.int32)
+    batch = {name: jax.ShapeDtypeStruct(*each) for name, each in pipeline.shapes(config.data, 2).items()}
     params = nn.unbox(jax.eval_shape(family.init(model, config), jax.random.key(0)))
     keys = jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(2)))
     stages = family.stages(model, config)
     assert {group for stage in stages for group in stage.groups} == set(params["params"])
     for stage in stages:
         frozen = dict.fromkeys(stage.frozen, params)
-        batch = {"tokens": row, "segment_ids": row}
         for term in jax.eval_shape(stage.terms, params, batch, keys, frozen).values():
             assert term.value.shape == term.weight.shape == (2,) and term.value.dtype == jnp.float32
         assert stage.flops_per_token > 0

@@ -12,7 +12,7 @@ from cola_jax import release, rng, runs, sharding
 from cola_jax.config import Config, EvaluationConfig, TrainConfig
 from cola_jax.data import corpora, pipeline
 from cola_jax.data.stories import Stories
-from cola_jax.evaluation import prior, stories, texts
+from cola_jax.evaluation import prior, scenes, stories, texts
 from cola_jax.evaluation.statistics import Proportion, per_token
 from cola_jax.families.interface import Family
 from cola_jax.likelihood import Settings
@@ -152,7 +152,14 @@ def perplexity(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> d
     return {"perplexity": found}
 
 
+def generated_scenes(run: Run, evaluation: EvaluationConfig, seed: int, log: Log) -> dict:
+    """What a joint model of text and images draws and says, judged by a program (`evaluation.scenes`)."""
+    found = scenes.report(run, evaluation.count, seed, log)
+    return {"scenes": {name: scenes.as_dict(shares) for name, shares in found.items()}}
+
+
 EVALUATORS: Mapping[str, Evaluator] = {
+    "scenes": generated_scenes,
     "reconstruction": reconstruction,
     "stories": generated_stories,
     "held_out": held_out,
@@ -168,7 +175,8 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
     Raises:
       UserError: one that does not exist, or that the family or the corpus cannot have; no checkpoint of the scorer.
     """
-    on_stories = config.data.corpus == "stories"
+    on_stories, on_scenes = config.data.corpus == "stories", config.data.corpus == "scenes"
+    has_images = config.data.image_size > 0
     if evaluation.scorer and not release.is_released(evaluation.scorer):
         try:  # before anything expensive starts
             saved.stage_directory(evaluation.scorer)
@@ -178,8 +186,9 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
         suiting = {
             "reconstruction": family.reconstruct is not None,
             "stories": on_stories,
+            "scenes": on_scenes and family.name == "unified",
             "held_out": not on_stories,
-            "prior": family.score_settings is Settings,
+            "prior": family.score_settings is Settings and not has_images,
             "likelihood": family.score_settings is not Settings,  # whose bound needs an ODE
             "perplexity": bool(evaluation.scorer),
         }
@@ -192,6 +201,8 @@ def names(evaluation: EvaluationConfig, config: Config, family: Family) -> tuple
             raise UserError(f"{where}: 'reconstruction' needs latents, which family {family.name!r} does not have")
         if name == "prior" and family.score_settings is not Settings:
             raise UserError(f"{where}: 'prior' needs a flow prior, which family {family.name!r} does not have")
+        if name == "scenes" and not (on_scenes and family.name == "unified"):
+            raise UserError(f"{where}: 'scenes' needs config.data.corpus = 'scenes' and family 'unified'")
         if name == "stories" and not on_stories:
             raise UserError(f"{where}: 'stories' needs config.data.corpus = 'stories'")
         if name == "perplexity" and not evaluation.scorer:

@@ -9,12 +9,12 @@ import ml_collections
 
 from cola_jax import fields
 from cola_jax.config import Config, to_dict
-from cola_jax.families import autoregressive, cola, llada, plaid
+from cola_jax.families import autoregressive, cola, llada, plaid, unified
 from cola_jax.families.interface import Family
 from cola_jax.types import UserError
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (cola.FAMILY, autoregressive.FAMILY, llada.FAMILY, plaid.FAMILY)
+    family.name: family for family in (cola.FAMILY, autoregressive.FAMILY, llada.FAMILY, plaid.FAMILY, unified.FAMILY)
 }
 DEFAULT = cola.FAMILY.name  # of configs that were saved before there were families
 

@@ -6,7 +6,7 @@ All that the trainer and the binaries know of "vae" and "dit" is here.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import flax.linen as nn
 import jax
@@ -168,9 +168,12 @@ def make_stages(model: ColaDLM | None, config: ColaConfig) -> tuple[Stage, Stage
         return stage2.terms(model, config.stage2, params, batch, keys, frozen.get("reference"))
 
     vae_stage, prior_stage = stages_with_terms(config, first, second)
-    if _codes_are_tokens(config.vae, config.dit):
-        prior_stage = prior_stage._replace(begin=functools.partial(_codes_of_tokens, model))
-    return vae_stage, prior_stage
+    return vae_stage, prior_stage._replace(begin=begin_stage2(model, config))
+
+
+def begin_stage2(model: ColaDLM | None, config: ColaConfig) -> Callable | None:
+    """What `Stage.begin` of the prior's stage is."""
+    return functools.partial(_codes_of_tokens, model) if _codes_are_tokens(config.vae, config.dit) else None
 
 
 def _codes_of_tokens(model: ColaDLM, params: Params, given: Collection[str]) -> Params:

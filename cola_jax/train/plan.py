@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from cola_jax import families, sharding
 from cola_jax.config import Config
+from cola_jax.data import pipeline
 from cola_jax.nn import attention
 from cola_jax.train import collectives, devices, step
 from cola_jax.train import state as states
@@ -223,8 +224,8 @@ def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: s
     rules = sharding.make_rules(config.train.axes)
     target = states.abstract(states.make_init(family.init(model, config), stage), mesh, rules)
     home = sharding.batch_sharding(mesh)
-    row = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32, sharding=home)
-    batch = dict.fromkeys(("tokens", "segment_ids"), row)
+    shapes = pipeline.shapes(config.data, config.data.batch_size)
+    batch = {name: jax.ShapeDtypeStruct(*each, sharding=home) for name, each in shapes.items()}
     began = time.monotonic()
     train_step = step.make_train_step(stage, target, mesh, seed=config.seed, rules=rules)
     peak, fits, text = _compile(train_step.lower(target, batch))
@@ -238,7 +239,7 @@ def compile_step(config: Config, index: int, mesh: Mesh, chip: Chip, compiler: s
         stage=index + 1,
         parameters=sum(x.size for x in jax.tree.leaves(target.params)),
         state=_bytes(target),
-        batch=row.size,
+        batch=math.prod(shapes["tokens"][0]),
         peak=peak,
         evaluation_peak=evaluation_peak,
         fits=fits and evaluation_fits and max(peak, evaluation_peak) <= chip.memory,

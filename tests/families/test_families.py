@@ -30,7 +30,7 @@ def refused(values) -> str:
 
 
 def test_unknown_family():
-    expected = "config.family = 'gaussian': must be one of 'cola', 'autoregressive', 'llada', 'plaid'"
+    expected = "config.family = 'gaussian': must be one of 'cola', 'autoregressive', 'llada', 'plaid', 'unified'"
     assert refused({"family": "gaussian", "vae": {}}) == expected
     with pytest.raises(UserError, match="must be one of"):
         families.default_config("gaussian")

@@ -23,7 +23,7 @@ class Crash(BaseException):
 
 
 def train(workdir, until="never", **train):
-    """(final state, lines of the console) of a run, or of one that is killed at a line: what it had open stays there."""
+    """(final state, lines of the console) of a run, or of one that is killed at a line: what was open stays so."""
 
     def log(line):
         lines.append(line)

@@ -1,0 +1,149 @@
+"""The family "unified": one block-causal prior over the latents of text and images (5.5).
+
+It is the family "cola" with an image VAE (trained beside the Text VAE in stage 1) and an image stream of the prior.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from cola_jax.config import Config, DataConfig
+from cola_jax.families import cola
+from cola_jax.families.cola import ColaConfig
+from cola_jax.families.interface import Group, Stage
+from cola_jax.fields import like, require
+from cola_jax.models import dit_config, image_vae
+from cola_jax.models.image_dit import ImageDiTConfig
+from cola_jax.models.image_vae import ImageVAEConfig
+from cola_jax.models.unified import UnifiedDLM
+from cola_jax.objectives import image_stage, stage1, unified
+from cola_jax.objectives.image_stage import ImageStageConfig
+from cola_jax.objectives.unified import TASKS, UnifiedStage2Config
+from cola_jax.sampling.images import ImageSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedConfig(ColaConfig):
+    """A run of the joint model of text and images."""
+
+    family: str = like(Config, "family", "unified")
+    data: DataConfig = DataConfig(
+        corpus="scenes", packing="pad", image_size=64, instruction_length=16, task_shares=(0.15, 0.5, 0.35)
+    )
+    image_vae: ImageVAEConfig = ImageVAEConfig()
+    image_dit: ImageDiTConfig = ImageDiTConfig()
+    image_stage1: ImageStageConfig = ImageStageConfig()
+    stage2: UnifiedStage2Config = UnifiedStage2Config()
+    image_sample: ImageSettings = ImageSettings()
+
+    def check_together(self, prefix: str) -> None:
+        super().check_together(prefix)
+        data, vae = self.data, self.image_vae
+        require(data.image_size > 0, f"{prefix}data.image_size", data.image_size, "above 0: this family needs images")
+        need = f"a multiple of image_vae.downsampling = {vae.downsampling}"
+        require(data.image_size % vae.downsampling == 0, f"{prefix}data.image_size", data.image_size, need)
+        need = f"image_vae.latent_dim = {vae.latent_dim}"
+        require(
+            self.image_dit.latent_dim == vae.latent_dim,
+            f"{prefix}image_dit.latent_dim",
+            self.image_dit.latent_dim,
+            need,
+        )
+        need = f"at most dit.num_layers = {self.dit.num_layers}"
+        dual = self.image_dit.dual_layers
+        require(dual <= self.dit.num_layers, f"{prefix}image_dit.dual_layers", dual, need)
+        shares = data.task_shares
+        need = f"a share for each of the tasks {', '.join(TASKS)}"
+        require(len(shares) == len(TASKS), f"{prefix}data.task_shares", shares, need)
+        need = f"a multiple of vae.patch_size = {self.vae.patch_size}"
+        length = data.instruction_length
+        require(length % self.vae.patch_size == 0, f"{prefix}data.instruction_length", length, need)
+        if self.image_dit.prediction == "mean":
+            path = self.image_dit.path
+            require(path == self.stage2.path, f"{prefix}image_dit.path", path, f"stage2.path = {self.stage2.path!r}")
+            known = self.image_dit.prediction_variance is not None or vae.logsnr is not None
+            need = "a number where image_dit.prediction = 'mean' and image_vae.logsnr is not fixed"
+            require(known, f"{prefix}image_dit.prediction_variance", None, need)
+
+
+def resolve(config: UnifiedConfig, vocab_size: int) -> UnifiedConfig:
+    """The config with what it leaves open; see `cola.resolve`."""
+    config = cola.resolve(config, vocab_size)
+    image, vae = config.image_dit, config.image_vae
+    if image.prediction == "mean" and image.prediction_variance is None:
+        image = dataclasses.replace(image, prediction_variance=vae.scale**2 * math.exp(-vae.logsnr))
+    return dataclasses.replace(config, image_dit=image)
+
+
+def make_model(config: UnifiedConfig) -> UnifiedDLM:
+    """The networks of a resolved config."""
+    return UnifiedDLM(
+        config.vae,
+        config.dit,
+        jnp.dtype(config.train.compute_dtype),
+        image_vae_config=config.image_vae,
+        image_dit_config=config.image_dit,
+    )
+
+
+def make_init(model: UnifiedDLM, config: UnifiedConfig):
+    """A function from a key to the variables."""
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    side = config.data.image_size
+    images = jnp.zeros((1, side, side, config.image_vae.channels))
+    return lambda key: model.init(key, tokens, images)
+
+
+def make_stages(model: UnifiedDLM | None, config: UnifiedConfig) -> tuple[Stage, Stage]:
+    """Stage 1, both VAEs, each with its own loss; stage 2, the joint prior with both frozen."""
+
+    def first(params, batch, keys, frozen):
+        del frozen
+        found = stage1.terms(model, config.stage1, params, batch, keys)
+        codec = image_vae.ImageVAE(config.image_vae, model.dtype)
+        variables = {"params": params["params"]["image_vae"]}
+        real = jnp.any(batch["segment_ids"] > 0, axis=1)
+        pictures = image_stage.terms(codec, config.image_stage1, variables, batch, keys, real)
+        return found | {f"image_{name}": term for name, term in pictures.items()}
+
+    def second(params, batch, keys, frozen):
+        del frozen
+        return unified.terms(model, config.stage2, params, batch, keys)
+
+    codecs, prior = cola.stages_with_terms(config, first, second)
+    codecs = codecs._replace(
+        groups=("vae", "image_vae"),
+        trained={"vae": Group(), "image_vae": Group()},
+        flops_per_token=flops_per_token(config, 1),
+    )
+    prior = prior._replace(
+        groups=("vae", "image_vae", "dit", "image_dit"),
+        trained={"dit": Group(), "image_dit": Group()},
+        flops_per_token=flops_per_token(config, 2),
+        begin=cola.begin_stage2(model, config),
+    )
+    return codecs, prior
+
+
+def flops_per_token(config: UnifiedConfig, stage: int) -> float:
+    """`cola.flops_per_token`, and an image's share of a row's tokens: a mean over the tasks."""
+    side, length = config.data.image_size, config.data.sequence_length
+    encoder, decoder = image_vae.forward_flops(config.image_vae, side, side)
+    found = cola.flops_per_token(config, stage)
+    if stage == 1:
+        return found + 3 * (encoder + decoder) / length
+    latents = (side // config.image_vae.downsampling) ** 2
+    shares = dict(zip(TASKS, config.data.task_shares, strict=True))
+    rows = {"image": latents, "caption": latents + config.data.instruction_length // config.vae.patch_size}
+    prior = encoder
+    for task, positions in rows.items():
+        share = shares[task] / sum(shares.values())
+        whole = dataclasses.replace(config.dit, block_size=positions, prediction="velocity", num_codes=0)
+        prior += 3 * share * positions * dit_config.forward_flops(whole, positions, 1, 2, clean=False)
+    return found + prior / length
+
+
+FAMILY = cola.FAMILY._replace(
+    name="unified", config=UnifiedConfig, resolve=resolve, model=make_model, init=make_init, stages=make_stages
+)

@@ -1,0 +1,203 @@
+"""Images from a joint prior of text and images, and texts that follow images (5.5).
+
+`draw` carries noise to one image for each context; `images` does so for texts. `captions` writes texts for images:
+generation as of any text, with the image among the variables (`models.unified.with_before`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from cola_jax import rng
+from cola_jax.fields import check, require, setting
+from cola_jax.flow import guidance, solve
+from cola_jax.models.dit_layer import Before
+from cola_jax.models.image_vae import to_uint8
+from cola_jax.models.unified import UnifiedDLM, with_before
+from cola_jax.nn.visibility import AnyArray
+from cola_jax.objectives import common
+from cola_jax.objectives.unified import before_of
+from cola_jax.sampling.conditioning import Ids
+from cola_jax.sampling.generate import Generation, generate
+from cola_jax.sampling.settings import Settings
+from cola_jax.types import Key, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How an image is drawn."""
+
+    steps: int = setting(16, "steps of the solver", at_least=1)
+    solver: str = setting("euler", "of the flow", choices=tuple(solve.SOLVERS))
+    guidance_scale: float = setting(2.0, "1: none; above 1: nearer to what the text says")
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), "flow times in which guidance acts", at_least=0, at_most=1
+    )
+    shift: float = setting(1.0, "above 1: more steps near the noise (`flow.solve.Grid`)", above=0)
+
+    def validate(self) -> None:
+        check(self, "images ")
+
+    def check_together(self, prefix: str) -> None:
+        low, high = self.guidance_interval
+        require(low <= high, f"{prefix}guidance_interval", self.guidance_interval, "a low time and a high one")
+
+
+class Drawn(NamedTuple):
+    """Images of `draw`.
+
+    Attributes:
+      images: pixels.
+      latents: normalised.
+    """
+
+    images: UInt8[Array, "B Y X C"]
+    latents: Float[Array, "B N D"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def draw(
+    model: UnifiedDLM, params: Params, keys: Key, grid: tuple[int, int], settings: ImageSettings, before: Before | None
+) -> Drawn:
+    """One image for each key.
+
+    Args:
+      model, params: the joint model.
+      keys: [B]; an image depends on its key and what is before it alone.
+      grid: rows and columns of latents.
+      settings: see `ImageSettings`.
+      before: what the images read (`UnifiedDLM.text_before`), or None. Guidance leads away from what reads nothing.
+    """
+    channels, length = model.image_dit_config.latent_dim, grid[0] * grid[1]
+    count, guided = keys.shape[0], settings.guidance_scale != 1.0 and before is not None
+    noise = rng.normal(keys, (length, channels))
+    alone = jnp.full((count, length), -1)
+
+    def plain(z, t):
+        return model.apply(params, z, jnp.full(count, t), grid, before, method="image_velocity")
+
+    def guide(z, t):
+        """Both branches in one pass."""
+        ids = jnp.concatenate([-alone, alone])
+        both = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), before.pair)
+        twice = Before(*both, jnp.concatenate([before.ids, before.ids]))
+        z = jnp.concatenate([z, z])
+        v = model.apply(params, z, jnp.full(2 * count, t), grid, twice, ids, method="image_velocity")
+        return guidance.guide(v[count:], v[:count], settings.guidance_scale)
+
+    def velocity(z, t):
+        if not guided:
+            return plain(z, t)
+        if settings.guidance_interval == (0.0, 1.0):
+            return guide(z, t)
+        return jax.lax.cond(guidance.acts(t, settings.guidance_interval), guide, plain, z, t)
+
+    times = solve.Grid(settings.shift).times(settings.steps)
+    z = solve.integrate(velocity, noise, times, settings.solver)
+    return Drawn(to_uint8(model.apply(params, z, grid, method="decode_image")), z)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_before(model: UnifiedDLM, params: Params, batch: dict) -> Before:
+    ids = common.latent_segments(batch, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    latents = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
+    return model.apply(params, latents, ids, method="text_before")
+
+
+def rows(prompts: Sequence[Ids], length: int, what: str = "text") -> dict[str, AnyArray]:
+    """Token ids as rows of a batch, filled up with padding.
+
+    Raises:
+      UserError: a text is longer than a row.
+    """
+    tokens, segments = (np.zeros((len(prompts), length), np.int32) for _ in range(2))
+    for index, ids in enumerate(prompts):
+        if len(ids) > length:
+            raise UserError(f"{what} {index} has {len(ids)} tokens: must be at most {length}")
+        tokens[index, : len(ids)], segments[index, : len(ids)] = ids, 1
+    return {"tokens": tokens, "segment_ids": segments}
+
+
+def images(
+    model: UnifiedDLM,
+    params: Params,
+    prompts: Sequence[Ids],
+    settings: ImageSettings,
+    key: Key,
+    size: int,
+    length: int,
+    sample_ids: Sequence[int] | None = None,
+) -> Drawn:
+    """An image for each text; an empty text has nothing to say of its image.
+
+    Args:
+      model, params: the joint model.
+      prompts: token ids of whole texts, as they were trained on (with their end of text).
+      settings: see `ImageSettings`.
+      key: source of the noise; image i depends on (key, its id, its text) alone.
+      size: pixels on a side; what the image VAE divides.
+      length: tokens of a row, at least those of the longest text: a multiple of a block's.
+      sample_ids: identity of each image in the random stream; its index by default.
+
+    Raises:
+      UserError: a setting, a size or a text that cannot be used.
+    """
+    settings.validate()
+    grid = model.image_vae_config.grid(size, size)
+    ids = jnp.arange(len(prompts)) if sample_ids is None else jnp.asarray(sample_ids)
+    before = _text_before(model, params, rows(prompts, length))
+    return draw(model, params, rng.fold_in(key, ids), grid, settings, before)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _before_of(model: UnifiedDLM, params: Params, batch: dict) -> Before:
+    return before_of(model, params, batch)
+
+
+def conditioned(
+    model: UnifiedDLM,
+    params: Params,
+    pictures: UInt8[AnyArray, "B Y X C"],
+    instructions: dict[str, AnyArray] | None = None,
+) -> Params:
+    """The variables with which text i follows picture i: for generation, and for likelihood of the same batch.
+
+    Args:
+      model, params: the joint model.
+      pictures: pixels.
+      instructions: `rows` of what is said before the pictures; None: nothing.
+    """
+    batch = {"image": jnp.asarray(pictures)}
+    if instructions is not None:
+        batch["instruction"] = jnp.asarray(instructions["tokens"])
+        batch["instruction_segment_ids"] = jnp.asarray(instructions["segment_ids"])
+    return with_before(params, _before_of(model, params, batch))
+
+
+def captions(
+    model: UnifiedDLM,
+    params: Params,
+    pictures: UInt8[AnyArray, "B Y X C"],
+    settings: Settings,
+    key: Key,
+    instructions: dict[str, AnyArray] | None = None,
+    prompts: Sequence[Ids] | None = None,
+    sample_ids: Sequence[int] | None = None,
+) -> Generation:
+    """A text for each picture, or its continuation.
+
+    Args:
+      model, params, pictures, instructions: see `conditioned`.
+      settings, key, sample_ids: see `sampling.generate`.
+      prompts: how the texts begin; None: with nothing.
+    """
+    variables = conditioned(model, params, pictures, instructions)
+    prompts = [[]] * len(pictures) if prompts is None else prompts
+    return generate(model, variables, prompts, settings, key=key, sample_ids=sample_ids)

@@ -1,0 +1,41 @@
+"""Text and images in one prior, on the embedded corpus `scenes`: pictures of shapes with captions.
+
+    python launch/train.py --config=configs/scenes.py
+
+Not tuned yet: it writes texts of the grammar, but draws blots instead of shapes (docs/unified.md has the scores).
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config("unified")
+    config.data.update(corpus="scenes", image_size=64, packing="pad", sequence_length=32, batch_size=32, vocab_size=400)
+    config.data.update(instruction_length=16, task_shares=(0.15, 0.5, 0.35))
+    config.vae.update(dim=64, ffn_dim=256, num_heads=4, encoder_layers=1, decoder_layers=1, latent_dim=16, block_size=2)
+    config.vae.logsnr = 2.0
+    config.image_vae.update(downsampling=8, patch_size=2, widths=(16, 48, 128), latent_dim=16, logsnr=2.0)
+    config.image_stage1.kl_weight = 0.0
+    config.dit.update(
+        latent_dim=16,
+        block_size=2,
+        dim=128,
+        num_heads=4,
+        head_dim=32,
+        num_layers=3,
+        time_dim=128,
+        rope_dim=32,
+        block_position=True,
+        no_history_vector=True,
+        prediction="mean",
+    )
+    config.image_dit.update(latent_dim=16, dual_layers=1, prediction="mean")
+    config.stage1.update(steps=800, mask_weight=0.0, kl_weight=1e-3)
+    config.stage2.update(steps=3000, strategy="fix_vae", history_dropout=0.1, noise_copies=1, target="posterior")
+    config.stage2.update(time_loc=0.5, time_scale=1.5, image_time_loc=0.0)
+    config.optimizer1.update(learning_rate=4e-3, warmup_steps=30)
+    config.optimizer2.update(learning_rate=3e-3, warmup_steps=100, ema=0.995)
+    config.train.update(log_every=100, eval_every=1000, checkpoint_every=1000, eval_batches=6)
+    config.sample.update(solver="exponential", churn=6.0, steps=16, guidance_scale=1.0, max_new_tokens=32)
+    config.evaluation.count = 256
+    return config

@@ -1,0 +1,55 @@
+"""The joint model of text and images through the binaries, as a user runs them, at a tiny size."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_binaries import call, rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, cache):
+    """A finished run with its report."""
+    workdir = tmp_path_factory.mktemp("run") / "scenes"
+    config = ("--config=tests/system/tiny_images.py", f"--workdir={workdir}")
+    call(cache, "train.py", *config)
+    return workdir
+
+
+def test_training_ends_with_a_report(workdir):
+    trained = [row for row in rows(workdir) if row["kind"] == "train" and row["stage"] == 2]
+    assert trained[-1]["step"] == 20
+    terms = ("text_flow", "image_flow", "caption_flow")
+    tasks = [[name for name in terms if row[name] > 0] for row in trained]
+    assert all(len(found) == 1 for found in tasks) and {found[0] for found in tasks} == set(terms)
+    held_out = [row for row in rows(workdir) if row["kind"] == "holdout" and row["stage"] == 2]
+    assert all(row[name] > 0 for row in held_out for name in terms)
+    report = json.loads((workdir / "report.json").read_text())
+    assert set(report["scenes"]) == {"reconstruction", "text_to_image", "image_to_text", "text", "image"}
+    assert report["scenes"]["text_to_image"]["all"]["count"] == 4
+
+
+def test_images_are_drawn_and_described(workdir, cache, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    call(cache, "images.py", f"--checkpoint={workdir}", "A red circle.", "", f"--out={sheet}", "--copies=4")
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape[0] > 256 and pixels.std() > 5  # two rows of images of 128 pixels
+    picture = tmp_path / "one.png"
+    Image.fromarray(np.full((40, 50, 3), 255, np.uint8)).save(picture)
+    told = call(cache, "images.py", f"--checkpoint={workdir}", "--mode=describe", str(picture))
+    assert told.startswith(f"{picture}: ")
+    assert call(cache, "sample.py", f"--checkpoint={workdir}", "A red", "--max_new_tokens=4")
+
+
+def test_what_cannot_be_drawn_is_refused(workdir, cache, tmp_path):
+    checkpoint = f"--checkpoint={workdir}"
+    for arguments, words in (
+        ([checkpoint], "--mode=draw: must have a text or more"),
+        ([checkpoint, "--mode=scenes", "x"], "must have no arguments"),
+        ([checkpoint, "--mode=describe", str(tmp_path / "no.png")], "no.png: must be an image that can be read"),
+        ([checkpoint, "x", "--steps=0"], "--steps = 0: must be at least 1"),
+    ):
+        assert words in call(cache, "images.py", *arguments, status=2)
