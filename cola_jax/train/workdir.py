@@ -28,7 +28,7 @@ _FREE_FIELDS = (
     # what is saved and kept
     *("train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.milestone_*"),
     # how texts are generated and judged
-    *("sample.*", "evaluation.*"),
+    *("sample.*", "image_sample.*", "evaluation.*"),
 )
 
 

@@ -168,7 +168,8 @@ def test_what_may_change_is_named_by_fields_that_exist():
         assert fnmatch.filter(names, pattern), pattern
     free = {name for name in names if workdir.is_free(name)}
     groups = {name.partition(".")[0] for name in free}
-    assert groups == {*("data", "train", "sample", "evaluation", "vae", "dit", "transformer"), *OPTIMIZERS}
+    how_to_run, how_to_judge = ("data", "train", "vae", "image_vae", "dit", "transformer"), ("sample", "image_sample")
+    assert groups == {*how_to_run, *how_to_judge, "evaluation", *OPTIMIZERS}
     assert {name for name in free if name.startswith("data.")} == {"data.num_workers", "data.files"}
     assert {name.partition(".")[2] for name in free if name.startswith(OPTIMIZERS)} == {"accumulation"}
     assert not {"seed", "train.compute_dtype", "train.init_from", "dit.num_layers", "stage2.steps"} & free
