@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
         need = "no arguments" if scoring else "a text or more" if _MODE.value == "draw" else "an image file or more"
         raise UserError(f"--mode={_MODE.value}: must have {need}")
     _SETTINGS.check()
+    if _MODE.value == "draw":
+        galleries.check(Path(_OUT.value), "--out")
     run = _LOAD()
     if not isinstance(run.config, UnifiedConfig):
         raise UserError(f"--checkpoint: is of family {run.config.family!r}, must be of a family with images: 'unified'")

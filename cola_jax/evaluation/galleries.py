@@ -62,6 +62,13 @@ def write(path: Place, images: np.ndarray, captions: Sequence[str] | None = None
     paths.write_atomically(path, buffer.getvalue())
 
 
+def check(path: Place, field: str) -> None:
+    """Raises UserError if no sheet can be written there: no Pillow, no such directory. Before images are made."""
+    _pillow()
+    if not path.parent.is_dir():
+        raise UserError(f"{field} = {path}: must be in a directory that exists")
+
+
 def _pillow():
     """(Image, ImageDraw, ImageFont) of Pillow."""
     try:

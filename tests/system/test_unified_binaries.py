@@ -51,5 +51,6 @@ def test_what_cannot_be_drawn_is_refused(workdir, cache, tmp_path):
         ([checkpoint, "--mode=scenes", "x"], "must have no arguments"),
         ([checkpoint, "--mode=describe", str(tmp_path / "no.png")], "no.png: must be an image that can be read"),
         ([checkpoint, "x", "--steps=0"], "--steps = 0: must be at least 1"),
+        ([checkpoint, "x", f"--out={tmp_path}/no/x.png"], "x.png: must be in a directory that exists"),
     ):
         assert words in call(cache, "images.py", *arguments, status=2)
