@@ -18,12 +18,12 @@ from cola_jax.types import UserError
 INSTRUCTION = ("instruction", "instruction_segment_ids")
 
 
-def empty_row(config: DataConfig, tokenizer: Tokenizer) -> packing.Row:
+def empty_row(config: DataConfig, pad_id: int) -> packing.Row:
     """A row of nothing but padding; its image is all zeros."""
-    row = packing.empty_row(config.sequence_length, tokenizer.pad_id)
+    row = packing.empty_row(config.sequence_length, pad_id)
     row["image"] = np.zeros((config.image_size, config.image_size, 3), np.uint8)
     if config.instruction_length:
-        row |= _instruction(np.zeros(0, np.int32), config.instruction_length, tokenizer.pad_id)
+        row |= _instruction(np.zeros(0, np.int32), config.instruction_length, pad_id)
     if config.task_shares:
         row["task"] = np.int32(0)
     return row

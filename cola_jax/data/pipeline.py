@@ -310,9 +310,7 @@ def create(
     Raises:
       UserError: The corpus cannot be read, or was prepared with another tokenizer.
     """
-    filler = packing.empty_row(config.sequence_length, tokenizer.pad_id)
-    if config.image_size:
-        filler = pair_rows.empty_row(config, tokenizer)
+    filler = _filler(config, tokenizer.pad_id)
     wanted = np.arange(config.batch_size) if wanted is None else np.asarray(wanted)
     # The held-out part is short, and workers would each end with a batch of padding: a thread is enough.
     workers = config.num_workers if split == "train" else 0
@@ -322,18 +320,16 @@ def create(
     return _CloseAtExit(_ahead(_streamed(config, tokenizer, split, seed, wanted, filler), workers))
 
 
+def _filler(config: DataConfig, pad_id: int) -> packing.Row:
+    """A row of nothing but padding, with everything that a row has."""
+    return (
+        pair_rows.empty_row(config, pad_id) if config.image_size else packing.empty_row(config.sequence_length, pad_id)
+    )
+
+
 def shapes(config: DataConfig, rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array of a batch with so many rows."""
-    text, side = ((rows, config.sequence_length), np.dtype(np.int32)), config.image_size
-    found = {"tokens": text, "segment_ids": text}
-    if not side:
-        return found
-    found["image"] = ((rows, side, side, 3), np.dtype(np.uint8))
-    if config.instruction_length:
-        found |= dict.fromkeys(pair_rows.INSTRUCTION, ((rows, config.instruction_length), np.dtype(np.int32)))
-    if config.task_shares:
-        found["task"] = ((rows,), np.dtype(np.int32))
-    return found
+    return {name: ((rows, *value.shape), value.dtype) for name, value in _filler(config, 0).items()}
 
 
 def _streamed(config: DataConfig, tokenizer: Tokenizer, split, seed: int, wanted, filler) -> grain.IterDataset:

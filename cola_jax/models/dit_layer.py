@@ -73,13 +73,29 @@ class DiTContext:
     keeps: bool = flax.struct.field(pytree_node=False, default=False)  # the clean copy's keys and values, too
 
 
-class DiTLayer(nn.Module):
-    """Attention and MLP under AdaLN with gates that start at zero."""
+class LayerModulations(nn.Module):
+    """Shifts, scales and gates of a layer; all start at zero."""
 
     config: DiTConfig
     dtype: jnp.dtype
 
     def setup(self):
+        self.attention_modulation = Modulation((2, self.config.dim), self.dtype)
+        self.attention_gate = Modulation((1, self.config.dim), self.dtype)
+        self.mlp_modulation = Modulation((2, self.config.dim), self.dtype)
+        self.mlp_gate = Modulation((1, self.config.dim), self.dtype)
+
+    def modulations(self, carry, inputs, time: Array):
+        """(carry, modulations of the layer for ``time`` [B, M, E]): each [B, M, parts, C]."""
+        linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
+        return carry, tuple(linear(time) for linear in linears)
+
+
+class DiTLayer(LayerModulations):
+    """Attention and MLP under AdaLN with gates that start at zero."""
+
+    def setup(self):
+        super().setup()
         config, dtype = self.config, self.dtype
         self.qkv = Linear(
             (3, config.num_heads, config.head_dim), ("embed", None, "heads", "kv"), config.qkv_bias, dtype=dtype
@@ -90,10 +106,6 @@ class DiTLayer(nn.Module):
         self.mlp_in = Linear((config.mlp_ratio * config.dim,), ("embed", "mlp"), dtype=dtype)
         self.mlp_out = Linear((config.dim,), ("mlp", "embed"), dtype=dtype)
         self.norm = LayerNorm(config.norm_eps, affine=False)
-        self.attention_modulation = Modulation((2, config.dim), dtype)
-        self.attention_gate = Modulation((1, config.dim), dtype)
-        self.mlp_modulation = Modulation((2, config.dim), dtype)
-        self.mlp_gate = Modulation((1, config.dim), dtype)
 
     def __call__(self, x, inputs, context: DiTContext, last: bool = False):
         """(the row after the layer, keys and values); ``last``: of a row of copies, without the clean one."""
@@ -130,11 +142,6 @@ class DiTLayer(nn.Module):
         h = nn.gelu(self.mlp_in(self.norm(x) * (1 + mlp_scale) + mlp_shift), approximate=True)
         h = sharding.constrain(h, "batch", "length", "mlp")
         return x + mlp_gate * self.mlp_out(h)
-
-    def modulations(self, carry, inputs, time: Array):
-        """(carry, modulations of the layer for ``time`` [B, M, E]): each [B, M, parts, C]."""
-        linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
-        return carry, tuple(linear(time) for linear in linears)
 
 
 def clean_positions(x: Array, context: DiTContext) -> int:

@@ -16,7 +16,7 @@ from cola_jax.fields import check, like, setting
 from cola_jax.flow import prediction
 from cola_jax.flow.path import PATHS
 from cola_jax.models.dit_config import DiTConfig
-from cola_jax.models.dit_layer import Before, DiTContext, DiTLayer
+from cola_jax.models.dit_layer import Before, DiTContext, DiTLayer, LayerModulations
 from cola_jax.nn import attention, embeddings
 from cola_jax.nn.layers import LayerNorm, Linear, apply_scanned, scan_layers, unstack_axis
 from cola_jax.nn.modulation import Modulation
@@ -47,23 +47,6 @@ class ImageDiTConfig:
         check(self, "config.image_dit.")
 
 
-class LayerModulations(nn.Module):
-    """The modulations of a `DiTLayer` alone, under the same names."""
-
-    config: DiTConfig
-    dtype: jnp.dtype
-
-    def setup(self):
-        self.attention_modulation = Modulation((2, self.config.dim), self.dtype)
-        self.attention_gate = Modulation((1, self.config.dim), self.dtype)
-        self.mlp_modulation = Modulation((2, self.config.dim), self.dtype)
-        self.mlp_gate = Modulation((1, self.config.dim), self.dtype)
-
-    def __call__(self, carry, inputs, time: Array):
-        linears = (self.attention_modulation, self.attention_gate, self.mlp_modulation, self.mlp_gate)
-        return carry, tuple(linear(time) for linear in linears)
-
-
 class ImageStream(nn.Module):
     """Velocity of the latents of images; ``text`` in its methods is the stacked layers' parameters of the text DiT.
 
@@ -87,7 +70,9 @@ class ImageStream(nn.Module):
         if dual:
             self.dual = scan_layers(DiTLayer, dual)(dit, dtype)
         if dual < dit.num_layers:
-            self.modulations = scan_layers(LayerModulations, dit.num_layers - dual)(dit, dtype)
+            self.modulations = scan_layers(LayerModulations, dit.num_layers - dual, methods=("modulations",))(
+                dit, dtype
+            )
         self.out_norm = LayerNorm(dit.norm_eps)
         self.out_modulation = Modulation((2, dit.dim), dtype)
         self.out_layer = Linear((self.config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
@@ -95,7 +80,7 @@ class ImageStream(nn.Module):
     def velocity(
         self,
         latents: Float[Array, "B N D"],
-        times: Float[Array, " B"],
+        times: Float[Array, " #B"],
         grid: tuple[int, int],
         text: Params,
         before: Before | None = None,
@@ -105,7 +90,7 @@ class ImageStream(nn.Module):
 
         Args:
           latents: row by row of the image.
-          times: flow times in [0, 1].
+          times: flow times in [0, 1]; one for all is embedded once.
           grid: rows and columns of latents.
           text: see the class.
           before: what the image reads besides itself.
@@ -140,7 +125,7 @@ class ImageStream(nn.Module):
         if self.is_initializing():
             x, pairs = self.dual(x, None, context) if self.config.dual_layers else (x, None)
             if self.config.dual_layers < self.dit.num_layers:
-                self.modulations(None, None, context.time)
+                self.modulations.modulations(None, None, context.time)
             shape = (self.dit.num_layers, x.shape[0], self.dit.num_heads, x.shape[1], self.dit.head_dim)
             return x, (jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
         layer, found = DiTLayer(self.dit, self.dtype, parent=None), []

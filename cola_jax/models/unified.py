@@ -49,7 +49,7 @@ class UnifiedDLM(ColaDLM):
     def image_velocity(
         self,
         latents: Float[Array, "B N D"],
-        times: Float[Array, " B"],
+        times: Float[Array, " #B"],
         grid: tuple[int, int],
         before: Before | None = None,
         ids: Int[Array, "B N"] | None = None,
@@ -65,7 +65,7 @@ class UnifiedDLM(ColaDLM):
         self, latents: Float[Array, "B N D"], grid: tuple[int, int], before: Before | None = None
     ) -> Before:
         """Normalised latents of a clean image that reads ``before``, as what stands before."""
-        return self.image_dit.velocity(latents, jnp.zeros(latents.shape[0]), grid, self._text_layers(), before)[1]
+        return self.image_dit.velocity(latents, jnp.zeros(1), grid, self._text_layers(), before)[1]
 
     def joined(
         self,

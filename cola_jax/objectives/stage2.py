@@ -206,19 +206,9 @@ def _draw(stage: Stage2Config, keys: Key, length: int, channels: int, block_size
     return _Draw(rng.normal(noise_keys, (total, channels)), times, pinned, dropped)
 
 
-def flow_terms(
-    model,
-    stage: Stage2Config,
-    params,
-    z,
-    segments,
-    keys: Key,
-    frozen: bool = False,
-    posterior: Posterior | None = None,
-    tokens: Array | None = None,
-) -> dict[str, Term]:
-    """The terms of `flow`."""
-    return flow(model, stage, params, z, segments, keys, frozen, posterior, tokens)[0]
+def flow_terms(*arguments, **options) -> dict[str, Term]:
+    """The terms of `flow`, whose arguments it has."""
+    return flow(*arguments, **options)[0]
 
 
 def flow(

@@ -57,10 +57,9 @@ def grid_of(model, images) -> tuple[int, int]:
     return model.image_vae_config.grid(*images.shape[1:3])
 
 
-def image_latents(model, params: Params, images: jax.Array, keys: Key | None = None) -> jax.Array:
-    """Normalised latents [B, N, D] of uint8 images: a sample of their posterior, or without keys its mean."""
-    posterior = model.apply(params, to_float(images), method="encode_image")
-    return model.normalize_image(posterior.mean if keys is None else common.draw(posterior, keys))
+def image_latents(model, params: Params, images: jax.Array) -> jax.Array:
+    """Normalised latents [B, N, D] of uint8 images: the mean of their posterior."""
+    return model.normalize_image(model.apply(params, to_float(images), method="encode_image").mean)
 
 
 def before_of(model, params: Params, batch: dict) -> Before:
@@ -107,8 +106,6 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
     posterior = jax.lax.stop_gradient(model.apply(params, inputs, segments, method="encode"))
     z = model.normalize(common.draw(posterior, text_keys))
     grid = grid_of(model, batch["image"])
-    seen = jax.lax.stop_gradient(model.apply(params, to_float(batch["image"]), method="encode_image"))
-    picture = model.normalize_image(common.draw(seen, picture_keys))
     weights = {
         "text_flow": stage.flow_weight,
         "image_flow": stage.image_weight,
@@ -118,6 +115,11 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
     if stage.code_weight:
         weights["codes"] = stage.code_weight
     nothing = jnp.zeros(z.shape[0])
+
+    def encoded():
+        """Posterior of the images, and a sample of it; a text alone needs none."""
+        seen = jax.lax.stop_gradient(model.apply(params, to_float(batch["image"]), method="encode_image"))
+        return seen, model.normalize_image(common.draw(seen, picture_keys))
 
     def text_terms(variables, mutable=()):
         return stage2.flow(model, stage, variables, z, segments, flow_keys, True, posterior, batch["tokens"], mutable)
@@ -131,13 +133,14 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
         return filled("text_flow", text_terms(params)[0])
 
     def image():
+        seen, picture = encoded()
         found, recorded = text_terms(params, ("kept",))
         (pair,) = recorded["kept"]["dit"]["keys_values"]
         term = _image_flow(model, stage, params, picture, seen, grid, Before(*pair, segments), image_keys)
         return filled("auxiliary_flow", found, image_flow=term)
 
     def caption():
-        before = _before(model, params, batch, picture, grid)
+        before = _before(model, params, batch, encoded()[1], grid)
         return filled("caption_flow", text_terms(with_before(params, before))[0])
 
     found = jax.lax.switch(batch["task"][0], (text, image, caption))

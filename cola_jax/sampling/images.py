@@ -80,7 +80,7 @@ def draw(
     alone = jnp.full((count, length), -1)
 
     def plain(z, t):
-        return model.apply(params, z, jnp.full(count, t), grid, before, method="image_velocity")
+        return model.apply(params, z, jnp.full(1, t), grid, before, method="image_velocity")
 
     def guide(z, t):
         """Both branches in one pass."""
@@ -88,7 +88,7 @@ def draw(
         both = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), before.pair)
         twice = Before(*both, jnp.concatenate([before.ids, before.ids]))
         z = jnp.concatenate([z, z])
-        v = model.apply(params, z, jnp.full(2 * count, t), grid, twice, ids, method="image_velocity")
+        v = model.apply(params, z, jnp.full(1, t), grid, twice, ids, method="image_velocity")
         return guidance.guide(v[count:], v[:count], settings.guidance_scale)
 
     def velocity(z, t):
