@@ -156,13 +156,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (SPEC 7)."""
+    """AdamW or Muon, with linear warm-up and cosine decay (SPEC 7)."""
 
+    name: str = setting(
+        "adamw",
+        "the method; 'muon' orthogonalises the updates of matrices, and AdamW does the rest at the same rate",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(3e-3, "at the end of the warm-up", above=0)
     initial_learning_rate: float = setting(0.0, "at the first step", at_least=0)
     final_learning_rate: float = setting(0.0, "at the last step", at_least=0)
     warmup_steps: int = setting(20, "steps from the initial rate to the full one", at_least=0)
     beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+    momentum: float = setting(0.95, "'muon': decay of the first moment of matrices", at_least=0, below=1)
     beta2: float = setting(0.99, "decay of the second moment", at_least=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = setting(0.01, "decoupled, times the rate", at_least=0)

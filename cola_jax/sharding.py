@@ -146,7 +146,8 @@ def shardings(boxed: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) ->
 
     def leaf(x):
         if isinstance(x, nn.Partitioned):
-            return NamedSharding(mesh, partition_spec(x.names, x.value.shape, mesh, rules))
+            # What an optimizer keeps nothing of has an empty node in its box.
+            return jax.tree.map(lambda y: NamedSharding(mesh, partition_spec(x.names, y.shape, mesh, rules)), x.value)
         return replicated(mesh)
 
     return jax.tree.map(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

@@ -1,11 +1,13 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import OPTIMIZER, build, run, same_bits, stage_of, values
 
+from cola_jax import families
 from cola_jax.config import OptimizerConfig
 from cola_jax.train import optimizer as optimizers
 
@@ -91,6 +93,79 @@ def test_against_numpy(strategy):
             arrays[name].update(gradient * min(1, 0.5 / norm), expected_rate(n) * ratio)
         for name, value in flat(params).items():
             np.testing.assert_allclose(value, arrays[name].value, rtol=2e-5, atol=2e-6, err_msg=f"{name} after {n}")
+
+
+def orthogonal(matrix):
+    """Newton and Schulz' iteration of Muon, in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if flip else x
+
+
+def test_muon_against_numpy():
+    config = dataclasses.replace(CONFIG, name="muon", momentum=0.7)
+    transform = optimizers.create(stage_of(1, "joint", config, total=10))
+    params = {"vae": parameters()["vae"]}
+    kernel = params["vae"]["layers"]["kernel"].astype(np.float64)
+    state, momentum, moved = transform.init(params), 0.0, params
+    for n in range(5):
+        gradients = {"vae": parameters(n + 1)["vae"]}
+        norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in flat(gradients).values()))
+        gradient = gradients["vae"]["layers"]["kernel"] * (0.5 / norm)
+        momentum = 0.7 * momentum + 0.3 * gradient
+        ahead = 0.7 * momentum / (1 - 0.7 ** (n + 2)) + 0.3 * gradient / (1 - 0.7 ** (n + 1))
+        step = np.stack([0.2 * np.sqrt(4) * orthogonal(matrix) for matrix in ahead])  # one matrix for each layer
+        kernel = kernel - expected_rate(n) * (step + 0.1 * kernel)
+        updates, state = jax.jit(transform.update)(gradients, state, moved)
+        moved = jax.tree.map(jnp.add, moved, updates)
+        np.testing.assert_allclose(moved["vae"]["layers"]["kernel"], kernel, rtol=1e-4, atol=1e-5, err_msg=f"{n}")
+    # The rest goes as in AdamW with momentum after Nesterov: at first by the sign of the gradients.
+    first = optimizers.create(stage_of(1, "joint", config, total=10))
+    updates, _ = first.update(gradients, first.init(params), params)
+    gradient = gradients["vae"]["no_history"]
+    np.testing.assert_allclose(updates["vae"]["no_history"], -0.01 * (1 + 0.8 * 0.2 / 0.36) * np.sign(gradient), rtol=1e-3)
+    assert not [n for n in flat(state) if n.endswith("/nu/vae/layers/kernel")]  # and matrices have one moment
+
+
+@pytest.mark.parametrize(
+    "path, shape, inputs, outputs",
+    [
+        (("dit", "in_layer", "kernel"), (16, 64), (0,), (1,)),
+        (("dit", "layers", "attn_out_proj", "kernel"), (3, 64, 64), (1,), (2,)),
+        (("vae", "layers", "qkv_proj", "kernel"), (2, 64, 3, 64), (1,), (3,)),
+        (("dit", "layers", "qkv", "kernel"), (3, 64, 3, 4, 16), (1,), (3, 4)),
+        (("image_dit", "dual", "mlp_in", "kernel"), (1, 64, 256), (1,), (2,)),
+        (("image_dit", "modulations", "modulation", "kernel"), (2, 64, 6, 64), (1,), (3,)),
+        (("vae", "encoder", "final_layer", "kernel"), (64, 2, 16), (0,), (2,)),
+        (("vae", "decoder", "unpatch_layer", "kernel"), (64, 64, 4), (0,), (1, 2)),
+        (("image_vae", "encoder", "level_0_block_0", "conv_in", "kernel"), (3, 3, 16, 16), (0, 1, 2), (3,)),
+    ],
+)
+def test_what_is_a_matrix(path, shape, inputs, outputs):
+    keys = tuple(map(jax.tree_util.DictKey, path))
+    found = optimizers.matrix_axes(keys, np.zeros(shape))
+    assert (tuple(found.reduction_axis), tuple(found.output_axis)) == (inputs, outputs)
+    assert optimizers.matrix_axes((*keys[:-1], jax.tree_util.DictKey("bias")), np.zeros(shape[1:])) is None
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_stacked_layer_is_known(name):
+    family = families.get(name)
+    config = family.resolve(family.config(), 300)
+    boxed = jax.eval_shape(family.init(family.model(config), config), jax.random.key(0))
+    kernels = [
+        (tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)), box)
+        for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+        if path[-1].key == "kernel"
+    ]
+    assert len(kernels) >= 5
+    for names, box in kernels:
+        stacked = bool(set(names) & set(optimizers.STACKED))
+        assert stacked == (box.names[0] == "layers"), names
 
 
 def moments_of_vae(state):
