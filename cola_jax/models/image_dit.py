@@ -131,7 +131,8 @@ class ImageStream(nn.Module):
         layer, found = DiTLayer(self.dit, self.dtype, parent=None), []
         for begin, end, weights in self._weights(text):
             pair = None if before is None else jax.tree.map(lambda part: part[begin:end], before.pair)  # noqa: B023
-            x, pairs = apply_scanned(layer, weights, x, pair and (pair, None), context, self.dit.remat)
+            inputs, dit = pair and (pair, None), self.dit
+            x, pairs = apply_scanned(layer, weights, x, inputs, context, dit.remat, min(dit.unroll, end - begin))
             found.append(pairs)
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
@@ -195,7 +196,7 @@ class ImageStream(nn.Module):
         for begin, end, weights in self._weights(text):
             cut = lambda tree: jax.tree.map(lambda x: x[begin:end], tree)  # noqa: B023, E731
             inputs = (cut(text), weights, None if before is None else cut(before.pair))
-            streams, pairs = jax.lax.scan(body, streams, inputs)
+            streams, pairs = jax.lax.scan(body, streams, inputs, unroll=min(self.dit.unroll, end - begin))
             found.append(pairs)
         return Before(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), ids)
 

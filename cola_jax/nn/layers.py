@@ -129,14 +129,14 @@ def separate_layers(layer: nn.Module, params: Params, length: int, remat: str = 
     return [functools.partial(call, index) for index in range(length)]
 
 
-def apply_scanned(layer: nn.Module, params: Params, carry, inputs, context, remat: str = "none"):
+def apply_scanned(layer: nn.Module, params: Params, carry, inputs, context, remat: str = "none", unroll: int = 1):
     """The loop of `scan_layers` over parameters that may come from several modules.
 
     Args:
       layer: without a parent.
       params: of all layers, stacked.
       carry, inputs, context: of the layer's call; ``inputs`` with a leading layer axis, or None.
-      remat: as in `scan_layers`.
+      remat, unroll: as in `scan_layers`.
 
     Returns:
       The carry behind the last layer, and the stacked outputs.
@@ -147,4 +147,4 @@ def apply_scanned(layer: nn.Module, params: Params, carry, inputs, context, rema
 
     if remat != "none":
         apply = jax.checkpoint(apply, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(lambda carry, given: apply(given[0], carry, given[1]), carry, (params, inputs))
+    return jax.lax.scan(lambda carry, given: apply(given[0], carry, given[1]), carry, (params, inputs), unroll=unroll)
