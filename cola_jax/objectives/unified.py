@@ -148,18 +148,25 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
 
 
 def _image_flow(model, stage: UnifiedStage2Config, params, picture, seen, grid, before: Before, keys: Key) -> Term:
-    """Velocity error of images (their posterior: ``seen``) that read a text or nothing; mean over channels."""
+    """Velocity error of noisy copies of images (their posterior: ``seen``) that read a text or nothing each."""
     noise_keys, time_keys, drop_keys = rng.split(keys, 3)
-    times = schedule.sample(stage.image_times, time_keys, 1)
-    noise = rng.normal(noise_keys, picture.shape[1:])
-    path, times = PATHS[stage.path], times[..., None]
-    noisy, target = interpolate(path, picture, noise, times)
+    (batch, length, channels), copies = picture.shape, stage.noise_copies
+
+    def for_copies(tree, axis: int = 0):
+        """A row of each copy; an image's stand together."""
+        return jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
+
+    times = schedule.sample(stage.image_times, time_keys, copies)
+    noise = rng.normal(noise_keys, (copies * length, channels)).reshape(-1, length, channels)
+    path, times = PATHS[stage.path], times.reshape(-1, 1, 1)
+    noisy, target = interpolate(path, for_copies(picture), noise, times)
     if stage.target == "posterior":
-        variance = jnp.exp(seen.logvar) * model.image_vae_config.scale**2
-        target = prediction.posterior_velocity(path, noisy, times, model.normalize_image(seen.mean), variance)
-    dropped = rng.uniform(drop_keys, (1,)) < stage.text_dropout
-    ids = jnp.broadcast_to(jnp.where(dropped, -1, 1), picture.shape[:2])
-    velocity = model.apply(params, noisy, times[:, 0, 0], grid, before, ids, method="image_velocity")
-    error = jnp.mean(jnp.square(velocity - target), axis=-1)
+        mean, variance = model.normalize_image(seen.mean), jnp.exp(seen.logvar) * model.image_vae_config.scale**2
+        target = prediction.posterior_velocity(path, noisy, times, for_copies(mean), for_copies(variance))
+    dropped = rng.uniform(drop_keys, (copies,)) < stage.text_dropout
+    ids = jnp.broadcast_to(jnp.where(dropped.reshape(-1, 1), -1, 1), noisy.shape[:2])
+    read = Before(*for_copies(before.pair, 1), for_copies(before.ids))
+    velocity = model.apply(params, noisy, times[:, 0, 0], grid, read, ids, method="image_velocity")
+    error = jnp.mean(jnp.square(velocity - target), axis=-1).reshape(batch, -1)
     real = jnp.any(before.ids > 0, axis=1, keepdims=True)
     return common.per_example(error, jnp.broadcast_to(real, error.shape).astype(error.dtype), stage.image_weight)

@@ -53,25 +53,35 @@ def test_the_text_s_error_is_the_same_with_and_without_an_image_to_draw():
     np.testing.assert_allclose(image["auxiliary_flow"].value, text["text_flow"].value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["sample", "posterior"])
-def test_the_image_s_error_is_that_of_its_velocity(target):
+@pytest.mark.parametrize("target, copies", [("sample", 1), ("posterior", 3)])
+def test_the_image_s_error_is_that_of_its_velocity(target, copies):
     model, params = tiny_unified.make()
     zero = jax.tree.map(jnp.zeros_like, params["params"]["image_dit"]["out_layer"])
     still = {"params": {**params["params"], "image_dit": {**params["params"]["image_dit"], "out_layer": zero}}}
     rows = batch("image")
-    found = terms(dataclasses.replace(STAGE, target=target), still, rows)["image_flow"]
+    found = terms(dataclasses.replace(STAGE, target=target, noise_copies=copies), still, rows)["image_flow"]
     _, _, picture_keys, image_keys = rng.split(KEYS, 4)
     posterior = model.apply(params, to_float(rows["image"]), method="encode_image")
     noise_keys, time_keys, _ = rng.split(image_keys, 3)
-    draw, noise = (np.asarray(rng.normal(keys, (4, 3))) for keys in (picture_keys, noise_keys))
+    draw, noise = (np.asarray(rng.normal(keys, (n * 4, 3))) for keys, n in ((picture_keys, 1), (noise_keys, copies)))
     mean, variance = np.asarray(posterior.mean), np.exp(np.asarray(posterior.logvar))
-    z, t = mean + np.sqrt(variance) * draw, np.asarray(schedule.sample(STAGE.image_times, time_keys, 1))[..., None]
+    t = np.repeat(np.asarray(schedule.sample(STAGE.image_times, time_keys, copies)), 4, axis=1)[..., None]
+    z, mean, variance = (np.tile(x, (1, copies, 1)) for x in (mean + np.sqrt(variance) * draw, mean, variance))
     velocity = noise - z  # on the linear path
     if target == "posterior":  # of z_1 - z_0 given z_t, both Gaussian around what is known
         away = ((1 - t) * z + t * noise - (1 - t) * mean) / ((1 - t) ** 2 * variance + t**2)
         velocity = t * away - (mean + (1 - t) * variance * away)
     wanted = np.square(velocity).mean(axis=2).sum(axis=1)  # the model's own is 0
     np.testing.assert_allclose(found.value, wanted, rtol=1e-4)
+
+
+def test_copies_of_an_image_read_its_own_text():
+    _, params = tiny_unified.make()
+    rows, stage = batch("image"), dataclasses.replace(STAGE, noise_copies=2)
+    other = {**rows, "tokens": rows["tokens"].at[1, 0].add(1)}
+    one, two = (terms(stage, params, each)["image_flow"].value for each in (rows, other))
+    moved = np.abs(one - two)
+    assert moved[1] > 1e-4 and moved[0] < 1e-5 and moved[2] < 1e-5
 
 
 def test_a_dropped_text_is_not_seen():
