@@ -10,12 +10,12 @@ from configs import default
 
 def get_config():
     config = default.get_config("unified")
-    config.data.update(corpus="scenes", image_size=64, packing="pad", sequence_length=32, batch_size=32, vocab_size=400)
-    config.data.update(instruction_length=16, task_shares=(0.15, 0.5, 0.35))
+    config.data.update(corpus="scenes", image_size=48, packing="pad", sequence_length=32, batch_size=32, vocab_size=400)
+    config.data.update(instruction_length=10, task_shares=(0.15, 0.4, 0.45))
     config.vae.update(dim=64, ffn_dim=256, num_heads=4, encoder_layers=1, decoder_layers=1, latent_dim=16, block_size=2)
     config.vae.logsnr = 2.0
-    config.image_vae.update(downsampling=8, patch_size=2, widths=(16, 48, 128), latent_dim=16, logsnr=2.0)
-    config.image_stage1.kl_weight = 0.0
+    config.image_vae.update(downsampling=16, patch_size=4, widths=(64, 96, 192), latent_dim=16, logsnr=3.0)
+    config.image_stage1.update(loss="l2", kl_weight=0.0)
     config.dit.update(
         latent_dim=16,
         block_size=2,
@@ -23,6 +23,7 @@ def get_config():
         num_heads=4,
         head_dim=32,
         num_layers=3,
+        unroll=3,
         time_dim=128,
         rope_dim=32,
         block_position=True,
@@ -30,11 +31,11 @@ def get_config():
         prediction="mean",
     )
     config.image_dit.update(latent_dim=16, dual_layers=1, prediction="mean")
-    config.stage1.update(steps=800, mask_weight=0.0, kl_weight=1e-3)
-    config.stage2.update(steps=3000, strategy="fix_vae", history_dropout=0.1, noise_copies=1, target="posterior")
+    config.stage1.update(steps=400, mask_weight=0.0, kl_weight=1e-3)
+    config.stage2.update(steps=5000, strategy="fix_vae", history_dropout=0.1, noise_copies=3, target="posterior")
     config.stage2.update(time_loc=0.5, time_scale=1.5, image_time_loc=0.0)
-    config.optimizer1.update(learning_rate=4e-3, warmup_steps=30)
-    config.optimizer2.update(learning_rate=3e-3, warmup_steps=100, ema=0.995)
+    config.optimizer1.update(name="muon", learning_rate=4e-3, warmup_steps=30)
+    config.optimizer2.update(name="muon", learning_rate=6e-3, warmup_steps=100, ema=0.995)
     config.train.update(log_every=100, eval_every=1000, checkpoint_every=1000, eval_batches=6)
     config.sample.update(solver="exponential", churn=6.0, steps=16, guidance_scale=1.0, max_new_tokens=32)
     config.evaluation.count = 256

@@ -19,7 +19,6 @@ from absl import flags
 
 from cola_jax import cli, cli_settings
 from cola_jax.data import captioned_images
-from cola_jax.data.scenes import Scenes
 from cola_jax.evaluation import galleries, scenes
 from cola_jax.families.unified import UnifiedConfig
 from cola_jax.sampling.images import ImageSettings
@@ -32,7 +31,6 @@ _COPIES = flags.DEFINE_integer("copies", 4, "mode draw: images of each text", 1)
 _COUNT = flags.DEFINE_integer("count", 256, "modes scenes and curves: held-out pictures, and texts and images made", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "of the noise; image i depends on (seed, i) and its text alone")
 _JSON = flags.DEFINE_string("json", None, "modes scenes and curves: file for the numbers")
-_SCALES, _STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), (1, 2, 4, 8, 16, 32)
 
 log = functools.partial(print, flush=True)
 
@@ -56,19 +54,6 @@ def describe(run, files: list[str]) -> None:
         log(f"{file}: {text}")
 
 
-def curves(run, settings: ImageSettings) -> dict:
-    """Shares of drawn pictures that are right, by guidance and by steps."""
-    pairs, known, found = scenes.held_out(run, _COUNT.value), Scenes(run.config.data.scenes), {}
-    for field, values in (("guidance_scale", _SCALES), ("steps", _STEPS)):
-        for value in values:
-            now = dataclasses.replace(settings, **{field: value})
-            images = scenes.draw(run, pairs.captions, now, _SEED.value, lambda line: None)
-            shares = scenes.judge_pictures(known, images, pairs.captions)
-            log(f"{field} {value:g}: " + ", ".join(f"{name} {share}" for name, share in shares.items()))
-            found.setdefault(field, {})[f"{value:g}"] = scenes.as_dict(shares)
-    return found
-
-
 def main(arguments: list[str]) -> None:
     scoring = _MODE.value in ("scenes", "curves")
     if scoring == bool(arguments):
@@ -88,12 +73,15 @@ def main(arguments: list[str]) -> None:
     if _MODE.value == "describe":
         return describe(run, arguments)
     if _MODE.value == "curves":
-        found = curves(run, settings)
+        table = scenes.curves(run, settings, _COUNT.value, _SEED.value, log)
+        found = {
+            field: {f"{value:g}": scenes.as_dict(shares) for value, shares in row.items()}
+            for field, row in table.items()
+        }
     else:
         run = run._replace(config=dataclasses.replace(run.config, image_sample=settings))
-        found = {
-            name: scenes.as_dict(shares) for name, shares in scenes.report(run, _COUNT.value, _SEED.value, log).items()
-        }
+        report = scenes.report(run, _COUNT.value, _SEED.value, log)
+        found = {name: scenes.as_dict(shares) for name, shares in report.items()}
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ A picture is right if it shows what its caption says; a caption, if it is true o
 shapes (`cola_jax.data.scenes`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from cola_jax.sampling import images as sampling
 from cola_jax.sampling.images import ImageSettings
 
 Log = Callable[[str], None]
+SCALES, STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), (1, 2, 4, 8, 16, 32)
 _ROWS = 64  # pictures or texts made at a time
 
 
@@ -136,6 +138,27 @@ def as_dict(shares: dict[str, Proportion]) -> dict:
     return {
         name: {"mean": share.mean, "interval": share.interval, "count": share.total} for name, share in shares.items()
     }
+
+
+def curves(
+    run: Run,
+    settings: ImageSettings,
+    count: int,
+    seed: int,
+    log: Log,
+    scales: Sequence[float] = SCALES,
+    steps: Sequence[int] = STEPS,
+) -> dict[str, dict[float, dict[str, Proportion]]]:
+    """Scores of images for texts (`judge_pictures`) by guidance and by steps, the other as in ``settings``."""
+    pairs, known = held_out(run, count), Scenes(run.config.data.scenes)
+    found: dict[str, dict[float, dict[str, Proportion]]] = {"guidance_scale": {}, "steps": {}}
+    for field, values in (("guidance_scale", scales), ("steps", steps)):
+        for value in values:
+            now = dataclasses.replace(settings, **{field: value})
+            shares = judge_pictures(known, draw(run, pairs.captions, now, seed, lambda line: None), pairs.captions)
+            log(f"{field} {value:g}: " + ", ".join(f"{name} {share}" for name, share in shares.items()))
+            found[field][value] = shares
+    return found
 
 
 def report(run: Run, count: int, seed: int, log: Log) -> dict[str, dict[str, Proportion]]:

@@ -42,6 +42,10 @@ class ImageDiTConfig:
     )
     path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
     time_frequency: float = like(DiTConfig, "time_frequency")
+    position_sines: bool = setting(
+        True,
+        "sines of row and column are added to the first layer's input: rotary positions tell distances alone [ours]",
+    )
 
     def validate(self) -> None:
         check(self, "config.image_dit.")
@@ -103,11 +107,16 @@ class ImageStream(nn.Module):
             length, BlockPlan.equal(length), ids, self.dit.attention_kernel, None if before is None else before.ids
         )
         context = DiTContext(time, None, None, image_angles(self.dit, grid), layout)
-        x, keys_values = self._apply(self.in_layer(latents), context, text, before)
+        x, keys_values = self._apply(self._read(latents, grid), context, text, before)
         shift, scale = unstack_axis(self.out_modulation(time[:, 1:]), 2)
         output = self.out_layer(self.out_norm(x) * (1 + scale) + shift)
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
         return self._as_velocity(output, latents, times[:, None, None]), Before(*keys_values, ids)
+
+    def _read(self, latents, grid: tuple[int, int]):
+        """Input of the first layer."""
+        x = self.in_layer(latents)
+        return x + image_sines(self.dit.dim, grid).astype(x.dtype) if self.config.position_sines else x
 
     def _as_velocity(self, output, latents, times):
         config = self.config
@@ -192,7 +201,7 @@ class ImageStream(nn.Module):
             ]
             return tuple(streams), own
 
-        streams, found = (words, self.in_layer(latents)), []
+        streams, found = (words, self._read(latents, grid)), []
         for begin, end, weights in self._weights(text):
             cut = lambda tree: jax.tree.map(lambda x: x[begin:end], tree)  # noqa: B023, E731
             inputs = (cut(text), weights, None if before is None else cut(before.pair))
@@ -214,6 +223,13 @@ def _clean_values(layer: DiTLayer, weights: Params, time):
     """Shift, scale, gate, shift, scale, gate of a layer at one time, [1, 1, C] each."""
     _, values = layer.apply({"params": weights}, None, None, time, method="modulations")
     return [part for value in values for part in unstack_axis(value, 2)]
+
+
+def image_sines(dim: int, grid: tuple[int, int]) -> Float[Array, "1 N C"]:
+    """Sines and cosines of an image's rows, then of its columns, both from 0: where a latent stands."""
+    places = [x.reshape(1, -1).astype(jnp.float32) for x in jnp.indices(grid)]
+    sines = jnp.concatenate([embeddings.time_features(x, 2 * (dim // 4), top=1.0) for x in places], axis=-1)
+    return jnp.pad(sines, ((0, 0), (0, 0), (0, dim - sines.shape[-1])))
 
 
 def image_angles(dit: DiTConfig, grid: tuple[int, int]) -> Float[Array, "1 N C"]:

@@ -42,6 +42,13 @@ class Segments:
         self.image_times = jnp.asarray(rng.uniform(0.1, 0.9, BATCH), jnp.float32)
 
 
+def sines(grid, dim) -> np.ndarray:
+    """What is added to the latent at (row, column): sines and cosines of the row, then of the column."""
+    speeds = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    of = lambda place: [*np.sin(place * speeds), *np.cos(place * speeds)]  # noqa: E731
+    return np.array([[*of(row), *of(column)] for row in range(grid[0]) for column in range(grid[1])])
+
+
 def reference(model, params, segments: Segments, task: str) -> dict[str, jax.Array]:
     """Velocities of the noisy segments: one row of all segments, a dense mask, every layer's weights by hand."""
     dit = model.dit_config
@@ -63,6 +70,7 @@ def reference(model, params, segments: Segments, task: str) -> dict[str, jax.Arr
     call = lambda n, f: model.apply(params, method=lambda m: f(getattr(m, stream(n))))  # noqa: E731
     embedded = {n: call(n, lambda s, t=times[n]: s._embed(t)) for n in names}
     x = {n: call(n, lambda s, z=segments.latents[n]: s.in_layer(z)) for n in names}
+    x["I"] = x["I"] + sines(GRID, dit.dim)[None]
     text, image = params["params"]["dit"]["layers"], params["params"]["image_dit"]
     layer, dual = DiTLayer(dit, model.dtype, parent=None), model.image_dit_config.dual_layers
     for index in range(dit.num_layers):

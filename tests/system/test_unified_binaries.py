@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_binaries import call, rows
+from test_binaries import ROOT, call, rows
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,19 @@ def test_images_are_drawn_and_described(workdir, cache, tmp_path):
     told = call(cache, "images.py", f"--checkpoint={workdir}", "--mode=describe", str(picture))
     assert told.startswith(f"{picture}: ")
     assert call(cache, "sample.py", f"--checkpoint={workdir}", "A red", "--max_new_tokens=4")
+
+
+def test_the_notebook(workdir, monkeypatch):
+    """Every code cell of colabs/unified.ipynb, with a tiny run."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    scope, small = {}, {"RUN": str(workdir), "COUNT": 4, "STEPS": (1, 2), "GUIDANCE": (1.0, 3.0)}
+    cells = json.loads((ROOT / "colabs" / "unified.ipynb").read_text())["cells"]
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        with jax.numpy_rank_promotion("allow"):  # as users have it
+            exec("".join(cell["source"]), scope)
+        scope |= small if "COUNT" in "".join(cell["source"]) and "run" not in scope else {}
+    assert len(scope["told"]) == 4 and np.isfinite(scope["score"].elbo).all()
+    assert [len(values) for values in scope["curves"].values()] == [2, 2]
 
 
 def test_what_cannot_be_drawn_is_refused(workdir, cache, tmp_path):

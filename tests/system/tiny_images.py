@@ -12,6 +12,8 @@ def get_config():
     config.dit.update(latent_dim=4, dim=16, num_heads=2, head_dim=8, num_layers=2, time_dim=16, rope_dim=8)
     config.image_dit.latent_dim = 4
     config.stage1.steps, config.stage2.steps = 10, 20
+    config.stage2.noise_copies = 2
+    config.optimizer1.name = config.optimizer2.name = "muon"
     config.train.update(log_every=1, eval_every=10, eval_batches=3, checkpoint_every=5, num_samples=1)
     config.sample.update(steps=2, max_new_tokens=8)
     config.image_sample.steps = 2

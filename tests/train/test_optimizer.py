@@ -127,7 +127,9 @@ def test_muon_against_numpy():
     first = optimizers.create(stage_of(1, "joint", config, total=10))
     updates, _ = first.update(gradients, first.init(params), params)
     gradient = gradients["vae"]["no_history"]
-    np.testing.assert_allclose(updates["vae"]["no_history"], -0.01 * (1 + 0.8 * 0.2 / 0.36) * np.sign(gradient), rtol=1e-3)
+    np.testing.assert_allclose(
+        updates["vae"]["no_history"], -0.01 * (1 + 0.8 * 0.2 / 0.36) * np.sign(gradient), rtol=1e-3
+    )
     assert not [n for n in flat(state) if n.endswith("/nu/vae/layers/kernel")]  # and matrices have one moment
 
 
