@@ -43,7 +43,7 @@ class ImageDiTConfig:
     path: str = setting("linear", "'mean': the path of the flow; stage2.path", choices=tuple(PATHS))
     time_frequency: float = like(DiTConfig, "time_frequency")
     position_sines: bool = setting(
-        True,
+        False,
         "sines of row and column are added to the first layer's input: rotary positions tell distances alone [ours]",
     )
 

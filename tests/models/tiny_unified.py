@@ -22,7 +22,7 @@ def make(dual_layers: int = 1, prediction: str = "velocity", **dit) -> tuple[Uni
     """The model and its variables."""
     sizes = {"latent_dim": 4, "block_size": 2, "dim": 16, "num_heads": 2, "head_dim": 8, "num_layers": 3}
     sizes |= {"rope_dim": 8, "time_dim": 8, **dit}
-    image = ImageDiTConfig(3, dual_layers, prediction, 0.2 if prediction == "mean" else None)
+    image = ImageDiTConfig(3, dual_layers, prediction, 0.2 if prediction == "mean" else None, position_sines=True)
     model = UnifiedDLM(
         VAEConfig(vocab_size=20, dim=16, ffn_dim=32, num_heads=2, latent_dim=4, block_size=2),
         DiTConfig(**sizes),
