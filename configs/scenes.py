@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/scenes.py
 
-35 minutes on two cores. It draws and names the right shapes, in the wrong places yet (docs/unified.md has the scores).
+35 minutes on two cores. It draws and names mostly the right shapes, but misplaces them (scores: docs/unified.md).
 """
 
 from configs import default
