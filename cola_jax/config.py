@@ -67,6 +67,9 @@ class DataConfig:
     tfds_split: str = setting("train", "corpus 'tfds': split that is read")
     text_field: str = setting("text", "corpora 'tfds' and 'images': field that holds the text")
     image_field: str = setting("image", "corpora 'tfds' and 'images': field that holds the image, or its path")
+    group_field: str = setting(
+        "", "images with captions: field whose equal values are never parted by the hold-out; '': the text's"
+    )
     document_separator: str = setting(
         "\n\n", "corpus 'text': what divides a file into documents; '': one document a file"
     )

@@ -25,11 +25,26 @@ from cola_jax.types import UserError
 _MARK = b"\xef\xbb\xbf"  # the byte order mark of a file
 
 
+class Fields(NamedTuple):
+    """What a pair is made of: fields of the object of a line, or features of a record.
+
+    Attributes:
+      text: holds the caption.
+      image: holds the image, or its path.
+      group: pairs that share its value are on one side of the hold-out; "": those that share a caption.
+    """
+
+    text: str
+    image: str
+    group: str = ""
+
+
 class _Pair(NamedTuple):
-    """Where a pair was found, its caption, and what reads its image."""
+    """Where a pair was found, its caption, what it belongs to, and what reads its image."""
 
     place: Place
     caption: str
+    group: str
     read: Callable[[], bytes]
 
 
@@ -37,14 +52,14 @@ class CaptionedImages:
     """Pairs in the order in which they were found.
 
     Attributes:
-      positions: `hashing.position` of each pair, float64 [pairs]: the same for all that share a caption or an image,
-        directly or by way of others.
+      positions: `hashing.position` of each pair, float64 [pairs]: the same for all that share a caption, an image or a
+        group, directly or by way of others.
       description: what it is, for fingerprints; with the hash of all images.
     """
 
     def __init__(self, pairs: Sequence[_Pair], digests: Sequence[bytes], description: str):
         self._pairs, self._digests = pairs, digests
-        self.positions = _positions([pair.caption for pair in pairs], digests)
+        self.positions = _positions(pairs, digests)
         self.description = f"{description}, {len(pairs)} images sha256 {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
     def place(self, index: int) -> str:
@@ -69,12 +84,12 @@ class CaptionedImages:
         return decode(content, size)
 
 
-def scan(path: str, text_field: str, image_field: str, on_bad: str) -> CaptionedImages:
+def scan(path: str, fields: Fields, on_bad: str) -> CaptionedImages:
     """The pairs of a file of JSON lines; the paths of images begin at its directory.
 
     Args:
       path: of the file.
-      text_field, image_field: of the object of a line.
+      fields: of the object of a line.
       on_bad: "fail" or "skip": what a bad line or image does.
 
     Raises:
@@ -86,11 +101,11 @@ def scan(path: str, text_field: str, image_field: str, on_bad: str) -> Captioned
     if others:
         raise UserError(f"config.data.files = {path!r}: {len(others) + 1} files; must be one file of JSON lines")
     status = os.stat(found)
-    return _scan(found, text_field, image_field, on_bad, status.st_size, status.st_mtime_ns)
+    return _scan(found, fields, on_bad, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _scan(path: str, text_field: str, image_field: str, on_bad: str, size: int, changed: int) -> CaptionedImages:
+def _scan(path: str, fields: Fields, on_bad: str, size: int, changed: int) -> CaptionedImages:
     """One pass; another one only when the size or the time of the file has changed."""
     del changed
     try:
@@ -100,54 +115,65 @@ def _scan(path: str, text_field: str, image_field: str, on_bad: str, size: int, 
         raise UserError(f"{path}: {error.strerror}; must be a readable file of JSON lines") from error
     lines = content.removeprefix(_MARK).split(b"\n")
     found = [
-        _line(Place(path, "line", number), line, text_field, image_field)
+        _line(Place(path, "line", number), line, fields)
         for number, line in enumerate(lines, 1)
         if line and not line.isspace()
     ]
     description = f"{os.path.basename(path)}, {size} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
-    return _checked(found, on_bad, description)
+    return _checked(found, on_bad, _grouped(description, fields))
 
 
-def _line(place: Place, line: bytes, text_field: str, image_field: str) -> _Pair | tuple[Place, Bad]:
+def _grouped(description: str, fields: Fields) -> str:
+    return description + (f", grouped by {fields.group!r}" if fields.group else "")
+
+
+def _line(place: Place, line: bytes, fields: Fields) -> _Pair | tuple[Place, Bad]:
     """The pair of a line."""
-    caption, image = (records.json_text(line, field) for field in (text_field, image_field))
-    for field, value in ((text_field, caption), (image_field, image)):
+    caption, image, group = (records.json_text(line, field or fields.text) for field in fields)
+    for field, value in zip(fields, (caption, image, group), strict=True):
         if isinstance(value, Bad):
             return place, value
         if not value.strip():
-            return place, Bad(f"field {field!r} is empty: must be {'text' if field == text_field else 'a path'}")
+            return place, Bad(f"field {field!r} is empty: must be {'a path' if field == fields.image else 'text'}")
     if "\0" in image:
-        return place, Bad(f"field {image_field!r} has a NUL: must be a path")
-    return _Pair(place, caption, functools.partial(_read_file, os.path.join(os.path.dirname(place.path), image)))
+        return place, Bad(f"field {fields.image!r} has a NUL: must be a path")
+    path = os.path.join(os.path.dirname(place.path), image)
+    return _Pair(place, caption, group, functools.partial(_read_file, path))
 
 
-def scan_records(name: str, split: str, text_field: str, image_field: str, on_bad: str) -> CaptionedImages:
+def scan_records(name: str, split: str, fields: Fields, on_bad: str) -> CaptionedImages:
     """The pairs of a split of a data set of TFDS, whose features are a text and an image.
 
     Raises:
       UserError: as `tfds_records.open_source`; or something in it is bad and ``on_bad`` is "fail".
     """
     _pillow()
-    return _scan_records(name, split, text_field, image_field, on_bad)
+    return _scan_records(name, split, fields, on_bad)
 
 
 @functools.lru_cache(maxsize=4)
-def _scan_records(name: str, split: str, text_field: str, image_field: str, on_bad: str) -> CaptionedImages:
+def _scan_records(name: str, split: str, fields: Fields, on_bad: str) -> CaptionedImages:
     asked = f"config.data.files = {name}, tfds_split = {split}"
-    source, full = tfds_records.open_source(name, (text_field,), split, None, asked, stored=(image_field,))
+    texts_of = dict.fromkeys((fields.text, fields.group or fields.text))
+    source, full = tfds_records.open_source(name, tuple(texts_of), split, None, asked, stored=(fields.image,))
     found, texts = [], hashlib.sha256()
     for index in range(len(source)):
         place = Place(f"{full} {split}", "record", index)
+        record, values = source[index], {}
         try:
-            caption = tfds_records.text(source[index][text_field])
+            for field in texts_of:
+                values[field] = tfds_records.text(record[field])
         except UnicodeDecodeError as error:
-            found.append((place, Bad(f"field {text_field!r} is not UTF-8 ({error.reason})")))
+            found.append((place, Bad(f"field {field!r} is not UTF-8 ({error.reason})")))
             continue
-        texts.update(hashlib.sha256(caption.encode()).digest())
-        read = functools.partial(_read_record, source, index, image_field)
-        empty = (place, Bad(f"field {text_field!r} is empty: must be text"))
-        found.append(_Pair(place, caption, read) if caption.strip() else empty)
-    return _checked(found, on_bad, f"{full} {split}, {len(source)} records, sha256 {texts.hexdigest()}")
+        for value in values.values():
+            texts.update(hashlib.sha256(value.encode()).digest())
+        empty = next((field for field, value in values.items() if not value.strip()), None)
+        read = functools.partial(_read_record, source, index, fields.image)
+        pair = _Pair(place, values[fields.text], values[fields.group or fields.text], read)
+        found.append(pair if empty is None else (place, Bad(f"field {empty!r} is empty: must be text")))
+    description = f"{full} {split}, {len(source)} records, sha256 {texts.hexdigest()}"
+    return _checked(found, on_bad, _grouped(description, fields))
 
 
 def _read_file(path: str) -> bytes:
@@ -198,23 +224,23 @@ def _content(pair: _Pair) -> tuple[bytes | None, str]:
         return None, f"{error.filename}: {error.strerror}; must be a readable image"
 
 
-def _positions(captions: Sequence[str], digests: Sequence[bytes]) -> np.ndarray:
-    """Of each pair that of the first caption, in the order of the alphabet, of all that hang together with it."""
-    parent = list(range(len(captions)))
+def _positions(pairs: Sequence[_Pair], digests: Sequence[bytes]) -> np.ndarray:
+    """Of each pair that of the first group, in the order of the alphabet, of all that hang together with it."""
+    parent = list(range(len(pairs)))
 
     def root(index: int) -> int:
         while parent[index] != index:
             parent[index] = index = parent[parent[index]]
         return index
 
-    first: dict[str | bytes, int] = {}
-    for index, keys in enumerate(zip(captions, digests, strict=True)):
-        for key in keys:
+    first: dict[tuple[str, str | bytes], int] = {}
+    for index, (pair, digest) in enumerate(zip(pairs, digests, strict=True)):
+        for key in (("caption", pair.caption), ("group", pair.group), ("image", digest)):
             parent[root(index)] = root(first.setdefault(key, index))
     names: dict[int, str] = {}
-    for index, caption in enumerate(captions):
-        names[root(index)] = min(names.get(root(index), caption), caption)
-    return np.array([position(names[root(index)].encode()) for index in range(len(captions))])
+    for index, pair in enumerate(pairs):
+        names[root(index)] = min(names.get(root(index), pair.group), pair.group)
+    return np.array([position(names[root(index)].encode()) for index in range(len(pairs))])
 
 
 def decode(content: bytes, size: int) -> np.ndarray:

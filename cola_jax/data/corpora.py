@@ -177,10 +177,10 @@ def has_image_files(config: DataConfig) -> bool:
 
 
 def _images(config: DataConfig) -> CaptionedImages:
-    fields = config.text_field, config.image_field, config.on_bad_image
+    fields = captioned_images.Fields(config.text_field, config.image_field, config.group_field)
     if config.corpus == "tfds":
-        return captioned_images.scan_records(config.files, config.tfds_split, *fields)
-    return captioned_images.scan(config.files, *fields)
+        return captioned_images.scan_records(config.files, config.tfds_split, fields, config.on_bad_image)
+    return captioned_images.scan(config.files, fields, config.on_bad_image)
 
 
 def pictures(config: DataConfig, split: Split, seed: int) -> collections.abc.Sequence:

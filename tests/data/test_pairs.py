@@ -148,18 +148,35 @@ def test_an_image_with_several_captions_is_in_one_split(tmp_path):
     assert any({"0", "1"} <= each for each in numbers.values())
 
 
+def test_a_group_is_in_one_split(tmp_path):
+    """A name drawn in two styles, which the caption says."""
+    styles = ("flat", "round")
+    lines = [{"image": f"{k}{s}.png", "text": f"{s} {k}", "name": str(k)} for k in range(30) for s in styles]
+    path = write(tmp_path, lines)
+    parted, together = (
+        {s: {text.split()[1] for text in corpora.documents(config, s, 0)} for s in ("train", "holdout")}
+        for config in (images(path), images(path, group_field="name"))
+    )
+    assert parted["train"] & parted["holdout"]
+    assert not together["train"] & together["holdout"] and len(together["holdout"]) > 3
+    assert corpora.describe(images(path), 0) != corpora.describe(images(path, group_field="name"), 0)
+    with pytest.raises(UserError, match=r"line 1: no field 'none'; it has 'image', 'text', 'name'"):
+        corpora.documents(images(path, group_field="none"), "train", 0)
+
+
 @pytest.mark.parametrize("number", range(200, 206))
 def test_pairs_that_hang_together_have_one_position(number):
     """Against a closure by brute force."""
     generator = np.random.default_rng(number)
-    pairs = [(f"c{a}", b"%d" % b) for a, b in generator.integers(0, 12, (14, 2))]
+    pairs = [(f"c{a}", f"g{b}", b"%d" % c) for a, b, c in generator.integers(0, 18, (14, 3))]
     group = [{k} for k in range(len(pairs))]
     for _ in pairs:
         for i, one in enumerate(pairs):
             for j, two in enumerate(pairs):
-                if one[0] == two[0] or one[1] == two[1]:
+                if any(a == b for a, b in zip(one, two, strict=True)):
                     group[i] = group[j] = group[i] | group[j]
-    positions = captioned_images._positions(*zip(*pairs, strict=True))
+    made = [captioned_images._Pair(None, caption, by, None) for caption, by, _ in pairs]
+    positions = captioned_images._positions(made, [digest for *_, digest in pairs])
     for i in range(len(pairs)):
         for j in range(len(pairs)):
             assert (positions[i] == positions[j]) == (j in group[i])
