@@ -5,104 +5,17 @@ shapes (`cola_jax.data.scenes`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from cola_jax import rng
-from cola_jax.data import corpora, packing
 from cola_jax.data.scenes import Scenes
+from cola_jax.evaluation.pictures import Log, describe, draw, held_out, reconstructed, write
 from cola_jax.evaluation.statistics import Proportion
-from cola_jax.models.image_vae import to_uint8
-from cola_jax.objectives.unified import image_latents
 from cola_jax.runs import Run
-from cola_jax.sampling import images as sampling
 from cola_jax.sampling.images import ImageSettings
 
-Log = Callable[[str], None]
 SCALES, STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), (1, 2, 4, 8, 16, 32)
-_ROWS = 64  # pictures or texts made at a time
-
-
-class Pairs(NamedTuple):
-    """Held-out captions and their pictures, uint8 [n, S, S, 3]."""
-
-    captions: list[str]
-    pictures: np.ndarray
-
-
-def held_out(run: Run, count: int) -> Pairs:
-    """The first held-out pairs of a run's corpus, at most ``count``."""
-    config, seed = run.config.data, run.config.data_seed
-    captions, pictures = (make(config, "holdout", seed) for make in (corpora.documents, corpora.pictures))
-    chosen = range(min(count, len(captions)))
-    return Pairs([captions[i] for i in chosen], np.stack([pictures[i] for i in chosen]))
-
-
-def _chunks(count: int, log: Log, what: str):
-    for start in range(0, count, _ROWS):
-        yield slice(start, min(start + _ROWS, count))
-        log(f"{what}: {min(start + _ROWS, count)} of {count}")
-
-
-def reconstructed(run: Run, pictures: np.ndarray, log: Log) -> np.ndarray:
-    """What the decoder makes of the pictures' latents (their posterior means)."""
-    grid = run.model.image_vae_config.grid(*pictures.shape[1:3])
-
-    @jax.jit
-    def through(params, pixels):
-        z = image_latents(run.model, params, pixels)
-        return to_uint8(run.model.apply(params, z, grid, method="decode_image"))
-
-    chunks = _chunks(len(pictures), log, "pictures reconstructed")
-    return np.concatenate([np.asarray(through(run.params, pictures[chunk])) for chunk in chunks])
-
-
-def draw(run: Run, captions: Sequence[str], settings: ImageSettings, seed: int, log: Log) -> np.ndarray:
-    """A picture for each caption; for an empty one, from nothing."""
-    data, key, found = run.config.data, rng.key(seed, "sample"), []
-    prompts = [packing.document_tokens(text, run.tokenizer, data.align).tolist() if text else [] for text in captions]
-    for chunk in _chunks(len(captions), log, "pictures drawn"):
-        ids = range(len(captions))[chunk]
-        drawn = sampling.images(
-            run.model, run.params, prompts[chunk], settings, key, data.image_size, data.sequence_length, ids
-        )
-        found.append(np.asarray(drawn.images))
-    return np.concatenate(found)
-
-
-def instructions(run: Run, count: int) -> dict[str, np.ndarray] | None:
-    """The first of the run's instructions, ``count`` times; None for a run without instructions."""
-    data = run.config.data
-    if not data.instruction_length:
-        return None
-    ids = packing.document_tokens(data.instructions[0], run.tokenizer, data.align).tolist()
-    return sampling.rows([ids] * count, data.instruction_length, "instruction")
-
-
-def describe(run: Run, pictures: np.ndarray, settings: Any, seed: int, log: Log) -> list[str]:
-    """A caption for each picture."""
-    key, found = rng.key(seed, "sample"), []
-    for chunk in _chunks(len(pictures), log, "pictures described"):
-        part = pictures[chunk]
-        ids = range(len(pictures))[chunk]
-        said = instructions(run, len(part))
-        out = sampling.captions(run.model, run.params, part, settings, key, said, sample_ids=ids)
-        rows = zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)
-        found += [run.tokenizer.decode(tokens[:length]) for tokens, length in rows]
-    return found
-
-
-def write(run: Run, count: int, settings: Any, seed: int, log: Log) -> list[str]:
-    """Captions from nothing."""
-    key, found = rng.key(seed, "sample"), []
-    for index, tokens in run.family.generate_batches(run.model, run.params, [[]] * count, settings, key, _ROWS):
-        found.append(run.tokenizer.decode(tokens))
-        if (index + 1) % _ROWS == 0:
-            log(f"captions written from nothing: {index + 1} of {count}")
-    return found
 
 
 def judge_pictures(known: Scenes, pictures: np.ndarray, captions: Sequence[str]) -> dict[str, Proportion]:

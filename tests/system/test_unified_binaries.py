@@ -45,6 +45,19 @@ def test_images_are_drawn_and_described(workdir, cache, tmp_path):
     assert call(cache, "sample.py", f"--checkpoint={workdir}", "A red", "--max_new_tokens=4")
 
 
+def test_held_out_pictures_are_scored(workdir, cache, tmp_path):
+    sheet, numbers = tmp_path / "sheet.png", tmp_path / "numbers.json"
+    arguments = (f"--checkpoint={workdir}", "--mode=held_out", f"--out={sheet}", f"--json={numbers}")
+    told = call(cache, "images.py", *arguments, "--count=40", "--probe=red,green", "--probe_pictures=200")
+    found = json.loads(numbers.read_text())
+    assert found["probe"]["held_out"]["mean"] > 0.8  # chance: a half
+    assert 20 < found["probe"]["drawn"]["count"] < 40  # other captions have both colours
+    assert 0 < found["reconstruction"]["absolute"]["mean"] < 0.2 and "of the pixels' range" in told
+    assert np.asarray(Image.open(sheet)).shape[1] > 12 * 128  # six pairs in a row
+    none = call(cache, "images.py", *arguments, "--probe=red,pink", status=2)
+    assert "word 'pink': must be in a caption of 2000" in none
+
+
 def test_the_notebook(workdir, monkeypatch):
     """Every code cell of colabs/unified.ipynb, with a tiny run."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
