@@ -13,7 +13,7 @@ from cola_jax.families import cola
 from cola_jax.families.cola import ColaConfig
 from cola_jax.families.interface import Group, Stage
 from cola_jax.fields import like, require
-from cola_jax.models import dit_config, image_vae
+from cola_jax.models import dit_config, image_vae, text_vae
 from cola_jax.models.image_dit import ImageDiTConfig
 from cola_jax.models.image_vae import ImageVAEConfig
 from cola_jax.models.unified import UnifiedDLM
@@ -133,14 +133,22 @@ def flops_per_token(config: UnifiedConfig, stage: int) -> float:
     found = cola.flops_per_token(config, stage)
     if stage == 1:
         return found + 3 * (encoder + decoder) / length
-    latents = (side // config.image_vae.downsampling) ** 2
-    shares = dict(zip(TASKS, config.data.task_shares, strict=True))
-    rows = {"image": latents, "caption": latents + config.data.instruction_length // config.vae.patch_size}
+    latents, patch, stage2 = (side // config.image_vae.downsampling) ** 2, config.vae.patch_size, config.stage2
+    shares = {
+        task: share / sum(config.data.task_shares) for task, share in zip(TASKS, config.data.task_shares, strict=True)
+    }
+    if not stage2.auxiliary_weight:  # the text of a drawn image is clean alone
+        plain = dataclasses.replace(config.dit, prediction="velocity", num_codes=0)
+        clean = 3 * dit_config.forward_flops(plain, length // patch, 1, 1) / patch
+        codec = text_vae.forward_flops(config.vae, length // patch)[0]
+        found = (1 - shares["image"]) * found + shares["image"] * (codec + clean)
+    copies = stage2.image_noise_copies or stage2.noise_copies
+    rows = {"image": (latents, copies), "caption": (latents + config.data.instruction_length // patch, 1)}
     prior = encoder
-    for task, positions in rows.items():
-        share = shares[task] / sum(shares.values())
+    for task, (positions, times) in rows.items():
         whole = dataclasses.replace(config.dit, block_size=positions, prediction="velocity", num_codes=0)
-        prior += 3 * share * positions * dit_config.forward_flops(whole, positions, 1, 2, clean=False)
+        cost = positions * dit_config.forward_flops(whole, positions, 1, 2, clean=False)
+        prior += 3 * shares[task] * times * cost
     return found + prior / length
 
 

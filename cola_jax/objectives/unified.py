@@ -28,13 +28,18 @@ class UnifiedStage2Config(Stage2Config):
     """The joint prior, with both VAEs frozen; the fields of `Stage2Config` are those of text."""
 
     image_weight: float = setting(1.0, "weight of the image's velocity error", at_least=0)
-    auxiliary_weight: float = setting(1.0, "task 'image': weight of its text's velocity error", at_least=0)
+    auxiliary_weight: float = setting(
+        1.0, "task 'image': weight of its text's velocity error; 0: no noisy text, which saves its time", at_least=0
+    )
     caption_weight: float = setting(1.0, "task 'caption': weight of the velocity error", at_least=0)
     image_time_distribution: str = setting(
         "logit_normal", "of an image's flow time", choices=("logit_normal", "uniform")
     )
     image_time_loc: float = setting(0.0, "mean of its normal; larger images want more")
     image_time_scale: float = like(Stage2Config, "time_scale")
+    image_noise_copies: int | None = setting(
+        None, "noisy copies of an image for one clean pass of its text; None: noise_copies", at_least=1
+    )
     text_dropout: float = setting(
         0.1, "task 'image': share of the images that see no text, for guidance", at_least=0, at_most=1
     )
@@ -126,7 +131,7 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
 
     def filled(name, found, **more):
         """(value, weight) of all terms, of a task whose text's error is called ``name``."""
-        found = {name: found["flow"], **{key: found[key] for key in ("codes",) if key in weights}, **more}
+        found = {name if key == "flow" else key: term for key, term in found.items()} | more
         return {key: (*found[key][:2],) if key in found else (nothing, nothing) for key in weights}
 
     def text():
@@ -134,9 +139,13 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
 
     def image():
         seen, picture = encoded()
-        found, recorded = text_terms(params, ("kept",))
-        (pair,) = recorded["kept"]["dit"]["keys_values"]
-        term = _image_flow(model, stage, params, picture, seen, grid, Before(*pair, segments), image_keys)
+        if stage.auxiliary_weight:
+            found, recorded = text_terms(params, ("kept",))
+            (pair,) = recorded["kept"]["dit"]["keys_values"]
+            before = Before(*pair, segments)
+        else:
+            found, before = {}, model.apply(params, z, segments, method="text_before")
+        term = _image_flow(model, stage, params, picture, seen, grid, before, image_keys)
         return filled("auxiliary_flow", found, image_flow=term)
 
     def caption():
@@ -150,7 +159,7 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
 def _image_flow(model, stage: UnifiedStage2Config, params, picture, seen, grid, before: Before, keys: Key) -> Term:
     """Velocity error of noisy copies of images (their posterior: ``seen``) that read a text or nothing each."""
     noise_keys, time_keys, drop_keys = rng.split(keys, 3)
-    (batch, length, channels), copies = picture.shape, stage.noise_copies
+    (batch, length, channels), copies = picture.shape, stage.image_noise_copies or stage.noise_copies
 
     def for_copies(tree, axis: int = 0):
         """A row of each copy; an image's stand together."""

@@ -6,6 +6,7 @@ import importlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from models.tiny_models import abstract
 
@@ -82,6 +83,34 @@ def test_a_step_of_every_family_costs_what_its_cost_model_says(name):
 
     found = benchmark.count_flops(jax.value_and_grad(loss), params, row, row, keys) / (2 * length)
     assert found == pytest.approx(stage.flops_per_token, rel=0.1)
+
+
+@pytest.mark.parametrize("task, auxiliary, copies", [(1, 1.0, None), (1, 0.0, 8), (2, 0.0, None)])
+def test_a_step_of_each_task_of_text_and_images_costs_what_its_cost_model_says(monkeypatch, task, auxiliary, copies):
+    monkeypatch.setattr(jax.lax, "switch", lambda index, branches: branches[int(index)]())
+    config = families.parse(importlib.import_module("configs.scenes").get_config())
+    data = dataclasses.replace(config.data, task_shares=tuple(float(k == task) for k in range(3)))
+    stage2 = dataclasses.replace(config.stage2, auxiliary_weight=auxiliary, image_noise_copies=copies)
+    family = families.of(config)
+    config = family.resolve(dataclasses.replace(config, data=data, stage2=stage2), 400)
+    model = family.model(config)
+    params = nn.unbox(jax.eval_shape(family.init(model, config), jax.random.key(0)))
+    stage = family.stages(model, config)[1]
+    row, said = (jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (data.sequence_length, 10))
+    image = jax.ShapeDtypeStruct((2, data.image_size, data.image_size, 3), jnp.uint8)
+    names = ("tokens", "segment_ids", "instruction", "instruction_segment_ids", "image")
+    keys = jax.eval_shape(lambda: rng.key(0, "train", 0, jnp.arange(2)))
+
+    def loss(trained, params, values, keys):
+        batch = dict(zip(names, values, strict=True)) | {"task": np.full(2, task, np.int32)}
+        whole = {"params": {**params["params"], **trained}}
+        terms = stage.terms(whole, batch, keys, {}).values()
+        return sum(term.coefficient * jnp.sum(term.value) for term in terms)
+
+    trained = {name: params["params"][name] for name in stage.trained}
+    values = (row, row, said, said, image)
+    found = benchmark.count_flops(jax.value_and_grad(loss), trained, params, values, keys) / (2 * data.sequence_length)
+    assert found == pytest.approx(stage.flops_per_token, rel=0.15)
 
 
 def test_the_count_is_the_compiler_s_and_loops_count_as_often_as_they_run():

@@ -53,6 +53,18 @@ def test_the_text_s_error_is_the_same_with_and_without_an_image_to_draw():
     np.testing.assert_allclose(image["auxiliary_flow"].value, text["text_flow"].value, rtol=1e-5)
 
 
+def test_an_image_s_error_needs_no_noisy_text():
+    _, params = tiny_unified.make()
+    stage = dataclasses.replace(STAGE, noise_copies=2, code_weight=0.0)
+    both, alone = (
+        terms(dataclasses.replace(stage, auxiliary_weight=weight), params, batch("image")) for weight in (0.5, 0.0)
+    )
+    np.testing.assert_allclose(alone["image_flow"].value, both["image_flow"].value, rtol=1e-5)
+    assert not alone["auxiliary_flow"].weight.any() and both["auxiliary_flow"].weight.all()
+    more = terms(dataclasses.replace(stage, auxiliary_weight=0.0, image_noise_copies=5), params, batch("image"))
+    np.testing.assert_array_equal(more["image_flow"].weight, 5 * 4)
+
+
 @pytest.mark.parametrize("target, copies", [("sample", 1), ("posterior", 3)])
 def test_the_image_s_error_is_that_of_its_velocity(target, copies):
     model, params = tiny_unified.make()
