@@ -98,6 +98,11 @@ class UnifiedDLM(ColaDLM):
         return *found, self.decode_image(z, grid), self.image_velocity(z, jnp.zeros(z.shape[0]), grid)
 
 
+def before_in(params: Params) -> Before | None:
+    """What `with_before` put among the variables."""
+    return params["before"]["dit"]["is"] if "before" in params else None
+
+
 def with_before(params: Params, before: Before | None) -> Params:
     """The variables with which texts follow ``before``."""
     others = {name: value for name, value in params.items() if name != "before"}

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 from cola_jax import rng
 from cola_jax.models import dit
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit_layer import Before
+from cola_jax.models.unified import with_before
 from cola_jax.sampling import cache as caches
 from cola_jax.sampling import choose, repaint, transport
 from cola_jax.sampling.conditioning import Layout
@@ -52,6 +54,7 @@ class State(NamedTuple):
     seen: Array  # [B, V], tokens generated so far
     done: Array  # [B]
     choice: choose.Choice | None = None  # of each sequence; None: the plan's
+    before: Before | None = None  # of each sequence, what stands before it; None: what the variables say
 
 
 def prepare(model: ColaDLM, params: Params) -> tuple[ColaDLM, Params]:
@@ -72,22 +75,34 @@ def tabulate(plan: Plan, params: Params) -> Precomputed:
     return Precomputed(params, plan.model.apply(params, jnp.asarray(plan.times), method="modulations"))
 
 
+def _following(params: Params, before: Before | None) -> Params:
+    """The variables for a batch that has something before its sequences, or has not."""
+    return params if before is None else with_before(params, before)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def start(plan: Plan, params: Params, layout: Layout, keys: Key, choice: choose.Choice | None = None) -> State:
+def start(
+    plan: Plan,
+    params: Params,
+    layout: Layout,
+    keys: Key,
+    choice: choose.Choice | None = None,
+    before: Before | None = None,
+) -> State:
     """The sequences' known latents, and caches that hold their history."""
-    model, config = plan.model, plan.model.dit_config
+    model, config, params = plan.model, plan.model.dit_config, _following(params, before)
     batch, block = layout.tokens.shape[0], config.block_size
     posterior = model.apply(params, layout.tokens, layout.visible.astype(jnp.int32), method="encode")
     data = model.normalize(posterior.mean)
     prior, decoder = model.apply(params, data, layout.visible.astype(jnp.int32), method="prefill")
     room = _room(plan, data.shape[1])
-    before = (layout.first[:, None] - 1) * block + jnp.arange(block)[None]
+    last = (layout.first[:, None] - 1) * block + jnp.arange(block)[None]
     return State(
         layout=layout,
         data=data,
         keys=keys,
         block=jnp.zeros(batch, jnp.int32),
-        previous=caches.rows_at(data, jnp.clip(before, 0, data.shape[1] - 1)),
+        previous=caches.rows_at(data, jnp.clip(last, 0, data.shape[1] - 1)),
         prior=caches.grow(prior, room),
         decoder=caches.grow(decoder, room),
         tokens=jnp.zeros((batch, plan.blocks, block * model.vae_config.patch_size), jnp.int32),
@@ -95,6 +110,7 @@ def start(plan: Plan, params: Params, layout: Layout, keys: Key, choice: choose.
         seen=jnp.zeros((batch, model.vae_config.vocab_size), bool),
         done=jnp.zeros(batch, bool),
         choice=choice,
+        before=before,
     )
 
 
@@ -164,6 +180,7 @@ def advance(
     model, choice = plan.model, choose.choice_of(plan.settings, state.choice)
     size, patch = model.dit_config.block_size, model.vae_config.patch_size
     batch, per_block = state.done.shape[0], size * patch
+    precomputed = precomputed._replace(params=_following(precomputed.params, state.before))
     rows = jnp.arange(batch)
     block = _next_block(plan, state)
     noise_keys, token_keys = _streams(block.keys)
@@ -193,6 +210,7 @@ def advance(
         data=state.data,
         keys=state.keys,
         choice=state.choice,
+        before=state.before,
         block=state.block + ~state.done,
         previous=keep(z, state.previous),
         prior=cache,
@@ -208,10 +226,15 @@ advance_once = jax.jit(advance, static_argnums=0, static_argnames=("first", "est
 
 
 def begin(
-    plan: Plan, precomputed: Precomputed, layout: Layout, keys: Key, choice: choose.Choice | None = None
+    plan: Plan,
+    precomputed: Precomputed,
+    layout: Layout,
+    keys: Key,
+    choice: choose.Choice | None = None,
+    before: Before | None = None,
 ) -> State:
     """`start`, and with "repaint" the first block too, which needs a program of its own."""
-    state = start(plan, precomputed.params, layout, keys, choice)
+    state = start(plan, precomputed.params, layout, keys, choice, before)
     if plan.settings.conditioning == "repaint":
         state, _ = advance_once(plan, precomputed, state, first=True)
     return state

@@ -7,7 +7,7 @@ sample id, block): a sample depends neither on its batch nor on its place there.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 
 from cola_jax import rng, sharding
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit_layer import Before
+from cola_jax.models.unified import before_in, with_before
 from cola_jax.sampling import blocks, conditioning, places
 from cola_jax.sampling.blocks import Generation
 from cola_jax.sampling.conditioning import Ids
@@ -253,6 +255,7 @@ def generate_batches(
     settings: Settings,
     key: Key,
     batch_size: int = 64,
+    before: Callable[[Sequence[int]], Before] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continuations of any number of prompts, in order, as they come: (index of the prompt, its new tokens).
 
@@ -261,19 +264,28 @@ def generate_batches(
 
     Args:
       batch_size: prompts generated at a time; it does not change the result.
+      before: indices of prompts -> what stands before each of them, found when it is their turn; None: row i of what
+        the variables have (`models.unified.with_before`), if they have any.
       model, params, prompts, settings, key: as in `generate`.
 
     Raises:
-      UserError: as `generate`, or a batch size below 1.
+      UserError: as `generate`, a batch size below 1, or variables in which not each prompt has something before it.
     """
     settings.validate()
     if batch_size < 1:
         raise UserError(f"sampling batch_size = {batch_size}: must be at least 1")
     conditioning.check_prompts(model, prompts, settings)
-    return _refilled(model, params, prompts, settings, key, min(batch_size, len(prompts)))
+    given = before_in(params)
+    if before is None and given is not None:
+        if given.ids.shape[0] != len(prompts):
+            need = f"must be one for each of {len(prompts)} prompts"
+            raise UserError(f"what stands before the texts has {given.ids.shape[0]} rows: {need}")
+        before = lambda indices: places.select(given, jnp.asarray(indices))  # noqa: E731
+    params = with_before(params, None)
+    return _refilled(model, params, prompts, settings, key, min(batch_size, len(prompts)), before)
 
 
-def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tuple[int, list[int]]]:
+def _refilled(model, params, prompts, settings, key, size: int, before) -> Iterator[tuple[int, list[int]]]:
     width = max(conditioning.prompts(model, [prompt], settings).tokens.shape[1] for prompt in prompts)
     count = conditioning.block_count(model, settings, settings.max_new_tokens)
     model, params = blocks.prepare(model, params)
@@ -282,7 +294,8 @@ def _refilled(model, params, prompts, settings, key, size: int) -> Iterator[tupl
 
     def begun(indices: list[int]):
         layout = conditioning.prompts(model, [prompts[i] for i in indices], settings, width)
-        return blocks.begin(plan, weights, layout, _keys(key, settings, len(indices), indices, None))
+        keys, earlier = _keys(key, settings, len(indices), indices, None), before and before(indices)
+        return blocks.begin(plan, weights, layout, keys, before=earlier)
 
     waiting = collections.deque(range(len(prompts)))
     prompt_at = [waiting.popleft() for _ in range(size)]  # index of the prompt in each place of the batch

@@ -1,12 +1,13 @@
 """Images from a joint prior of text and images, and texts that follow images (5.5).
 
 `draw` carries noise to one image for each context; `images` does so for texts. `captions` writes texts for images:
-generation as of any text, with the image among the variables (`models.unified.with_before`).
+generation as of any text, with the image among the variables (`models.unified.with_before`). `caption_batches` does so
+for any number of texts, of which some may have no image.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from cola_jax.nn.visibility import AnyArray
 from cola_jax.objectives import common
 from cola_jax.objectives.unified import before_of
 from cola_jax.sampling.conditioning import Ids
-from cola_jax.sampling.generate import Generation, generate
+from cola_jax.sampling.generate import Generation, generate, generate_batches
 from cola_jax.sampling.settings import Settings
 from cola_jax.types import Key, Params, UserError
 
@@ -157,8 +158,53 @@ def images(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _before_of(model: UnifiedDLM, params: Params, batch: dict) -> Before:
-    return before_of(model, params, batch)
+def _before_of(model: UnifiedDLM, params: Params, batch: dict, there) -> Before:
+    """What stands before each row of a batch, nothing where ``there`` [B] is False: no cost where it is never True."""
+
+    def found():
+        before = before_of(model, params, batch)
+        return *before.pair, jnp.where(there[:, None], before.ids, 0)
+
+    def nothing():
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(found))
+
+    return Before(*jax.lax.cond(jnp.any(there), found, nothing))
+
+
+def before(
+    model: UnifiedDLM,
+    params: Params,
+    pictures: Sequence[UInt8[AnyArray, "Y X C"] | None],
+    size: int,
+    instructions: dict[str, AnyArray] | None = None,
+) -> Before:
+    """What stands before each of several texts: a picture, or nothing.
+
+    Args:
+      model, params: the joint model.
+      pictures: pixels; None: there is nothing before this text.
+      size: pixels on a side, of all.
+      instructions: `rows` of what is said before each picture; None: nothing.
+
+    Raises:
+      UserError: a picture of another size.
+    """
+    blank = np.zeros((size, size, model.image_vae_config.channels), np.uint8)
+    for index, picture in enumerate(pictures):
+        if picture is not None and picture.shape != blank.shape:
+            raise UserError(f"picture {index} is {list(picture.shape)}: must be {list(blank.shape)}")
+    pixels = np.stack([blank if picture is None else picture for picture in pictures])
+    there = np.array([picture is not None for picture in pictures])
+    return _before_of(model, params, _batch(pixels, instructions), there)
+
+
+def _batch(pictures, instructions: dict[str, AnyArray] | None) -> dict:
+    """Pictures, and what is said before them, as a batch of the task "caption"."""
+    said = instructions or {}
+    return {"image": pictures} | {f"instruction{_ENDS[name]}": value for name, value in said.items()}
+
+
+_ENDS = {"tokens": "", "segment_ids": "_segment_ids"}
 
 
 def conditioned(
@@ -174,11 +220,8 @@ def conditioned(
       pictures: pixels.
       instructions: `rows` of what is said before the pictures; None: nothing.
     """
-    batch = {"image": jnp.asarray(pictures)}
-    if instructions is not None:
-        batch["instruction"] = jnp.asarray(instructions["tokens"])
-        batch["instruction_segment_ids"] = jnp.asarray(instructions["segment_ids"])
-    return with_before(params, _before_of(model, params, batch))
+    there = np.ones(len(pictures), bool)
+    return with_before(params, _before_of(model, params, _batch(pictures, instructions), there))
 
 
 def captions(
@@ -201,3 +244,45 @@ def captions(
     variables = conditioned(model, params, pictures, instructions)
     prompts = [[]] * len(pictures) if prompts is None else prompts
     return generate(model, variables, prompts, settings, key=key, sample_ids=sample_ids)
+
+
+def caption_batches(
+    model: UnifiedDLM,
+    params: Params,
+    pictures: Sequence[UInt8[AnyArray, "Y X C"] | None],
+    settings: Settings,
+    key: Key,
+    instructions: dict[str, AnyArray] | None = None,
+    prompts: Sequence[Ids] | None = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[int, list[int]]]:
+    """A text for each of any number of pictures, as they come; a text may have none.
+
+    Text i is that of `captions` with the same key, or, where it has no picture, of `sampling.generate`. What stands
+    before a text is found when it is the text's turn.
+
+    Args:
+      model, params: the joint model.
+      pictures: pixels, of one size; None: this text follows nothing.
+      settings, key, batch_size: see `sampling.generate_batches`.
+      instructions: `rows` of what is said before each picture; None: nothing.
+      prompts: how the texts begin; None: with nothing.
+
+    Returns:
+      Pairs, in order: the index of a picture, and the tokens of its text.
+
+    Raises:
+      UserError: as `sampling.generate_batches`, pictures of several sizes, or not as many prompts.
+    """
+    prompts = [[]] * len(pictures) if prompts is None else prompts
+    if len(prompts) != len(pictures):
+        raise UserError(f"{len(prompts)} prompts for {len(pictures)} pictures: must be one for each")
+    sizes = sorted({picture.shape[0] for picture in pictures if picture is not None})
+    if len(sizes) > 1:
+        raise UserError(f"pictures have {sizes} pixels on a side: must be of one size")
+
+    def earlier(indices: Sequence[int]) -> Before:
+        said = {name: value[np.asarray(indices)] for name, value in (instructions or {}).items()}
+        return before(model, params, [pictures[index] for index in indices], sizes[0], said or None)
+
+    return generate_batches(model, params, prompts, settings, key, batch_size, earlier if sizes else None)

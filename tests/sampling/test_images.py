@@ -12,7 +12,7 @@ from models.tiny_unified import GRID, SIDE
 from cola_jax import sampling
 from cola_jax.models.unified import with_before
 from cola_jax.objectives.unified import before_of
-from cola_jax.sampling import images
+from cola_jax.sampling import blocks, images
 from cola_jax.sampling.images import ImageSettings
 from cola_jax.types import UserError
 
@@ -106,3 +106,65 @@ def test_cached_generation_has_the_velocity_of_training():
     np.testing.assert_allclose(found, z - velocity, rtol=1e-4, atol=1e-4)
     without = model.apply(params, z, jnp.ones(2), history=jnp.zeros_like(z), method="velocity")
     assert np.abs(without - velocity).max() > 1e-2
+
+
+def given(rows: int = 5, without: tuple[int, ...] = (1, 4)):
+    """Pictures of which some are missing, instructions for all, and prompts of several lengths."""
+    batch = jax.tree.map(np.asarray, tiny_unified.batch(rows=rows))
+    pictures = [None if index in without else batch["image"][index] for index in range(rows)]
+    said = {"tokens": batch["instruction"], "segment_ids": batch["instruction_segment_ids"]}
+    return pictures, said, [[3, 4, 5, 6, 7], [8], [], [1, 2], []][:rows]
+
+
+def one_by_one(settings, pictures, said, prompts) -> list[list[int]]:
+    """Each text from `generate`, alone, after its picture or after nothing."""
+    (model, params), found = tiny_unified.make(), []
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        instruction = said and {name: value[index : index + 1] for name, value in said.items()}
+        variables = params if picture is None else images.conditioned(model, params, picture[None], instruction)
+        out = sampling.generate(model, variables, [prompt], settings, KEY, sample_ids=[index])
+        found.append(out.tokens[0, : out.lengths[0]].tolist())
+    return found
+
+
+def test_texts_with_and_without_pictures_that_come_and_go_are_those_of_generate():
+    settings = dataclasses.replace(TEXT, guidance_scale=9.0, max_new_tokens=12, eos_id=13)
+    pictures, said, prompts = given()
+    expected = one_by_one(settings, pictures, said, prompts)
+    assert len({len(tokens) for tokens in expected}) > 2  # places are refilled at several times
+    for size in (1, 3):
+        found = images.caption_batches(*tiny_unified.make(), pictures, settings, KEY, said, prompts, size)
+        assert list(found) == list(enumerate(expected)), size
+    without = one_by_one(settings, [None] * 5, None, prompts)
+    assert [a != b for a, b in zip(expected, without, strict=True)] == [True, False, True, True, False]
+
+
+def test_batches_follow_what_the_variables_have():
+    model, params = tiny_unified.make()
+    pictures, _, prompts = given(rows=3, without=())
+    variables = images.conditioned(model, params, np.stack(pictures))
+    found = sampling.generate_batches(model, variables, prompts, TEXT, KEY, batch_size=2)
+    assert [tokens for _, tokens in found] == one_by_one(TEXT, pictures, None, prompts)
+    with pytest.raises(UserError, match="has 3 rows: must be one for each of 2 prompts"):
+        sampling.generate_batches(model, variables, prompts[:2], TEXT, KEY, batch_size=2)
+
+
+def test_where_no_text_has_a_picture_nothing_is_read():
+    """The programs are those of texts alone."""
+    model, params = tiny_unified.make()
+    found = images.caption_batches(model, params, [None] * 3, TEXT, KEY, prompts=PROMPTS, batch_size=2)
+    alone = sampling.generate_batches(model, params, PROMPTS, TEXT, KEY, batch_size=2)
+    compiled = blocks.advance_once._cache_size()
+    assert list(found) == list(alone) and blocks.advance_once._cache_size() <= compiled + 1
+
+
+def test_pictures_that_do_not_fit_are_refused():
+    model, params = tiny_unified.make()
+    for pictures, words in (
+        ([np.zeros((16, 16, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)], r"\[8, 16\] pixels on a side"),
+        ([np.zeros((16, 8, 3), np.uint8)], r"picture 0 is \[16, 8, 3\]: must be \[16, 16, 3\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            list(images.caption_batches(model, params, pictures, TEXT, KEY))
+    with pytest.raises(UserError, match="1 prompts for 2 pictures"):
+        images.caption_batches(model, params, [None, None], TEXT, KEY, prompts=[[]])
