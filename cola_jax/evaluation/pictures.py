@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cola_jax import rng
-from cola_jax.data import corpora, packing
+from cola_jax.data import corpora
 from cola_jax.data.hashing import Split
 from cola_jax.evaluation.statistics import Mean, Proportion
 from cola_jax.models.image_vae import to_uint8
@@ -62,24 +62,21 @@ def reconstructed(run: Run, pictures: np.ndarray, log: Log) -> np.ndarray:
 
 def draw(run: Run, captions: Sequence[str], settings: ImageSettings, seed: int, log: Log) -> np.ndarray:
     """A picture for each caption; for an empty one, from nothing."""
-    data, key, found = run.config.data, rng.key(seed, "sample"), []
-    prompts = [packing.document_tokens(text, run.tokenizer, data.align).tolist() if text else [] for text in captions]
+    known, key, found = run.family.pictures(run.config, run.tokenizer), rng.key(seed, "sample"), []
+    prompts = [known.words(text) if text else [] for text in captions]
     for chunk in _chunks(len(captions), log, "pictures drawn"):
         ids = range(len(captions))[chunk]
-        drawn = sampling.images(
-            run.model, run.params, prompts[chunk], settings, key, data.image_size, data.sequence_length, ids
-        )
+        drawn = sampling.images(run.model, run.params, prompts[chunk], settings, key, known.size, known.length, ids)
         found.append(np.asarray(drawn.images))
     return np.concatenate(found)
 
 
 def instructions(run: Run, count: int) -> dict[str, np.ndarray] | None:
     """The first of the run's instructions, ``count`` times; None for a run without instructions."""
-    data = run.config.data
-    if not data.instruction_length:
+    known = run.family.pictures(run.config, run.tokenizer)
+    if not known.instruction_length:
         return None
-    ids = packing.document_tokens(data.instructions[0], run.tokenizer, data.align).tolist()
-    return sampling.rows([ids] * count, data.instruction_length, "instruction")
+    return sampling.rows([known.instruction] * count, known.instruction_length, "instruction")
 
 
 def describe(run: Run, pictures: np.ndarray, settings: Any, seed: int, log: Log) -> list[str]:

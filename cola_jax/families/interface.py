@@ -118,6 +118,31 @@ class Engine(NamedTuple):
     log_probs: int = 0
 
 
+class Pictures(NamedTuple):
+    """How a run's pictures stand beside its texts.
+
+    Attributes:
+      size: pixels on a side.
+      words: text -> the token ids of it as a whole text, with its end: for which an image is drawn, or which is said
+        before one.
+      length: most tokens of a text for which an image is drawn.
+      instruction: token ids of what is said before a picture unless something else is; empty: nothing.
+      instruction_length: most tokens of what is said; 0: nothing may be.
+      settings: how images are drawn (`sampling.images.ImageSettings`).
+      texts: engine of texts whose jobs may have a picture.
+      images: engine of images, with ``settings``: its jobs may have a drawing, its `Progress` has pictures.
+    """
+
+    size: int
+    words: Callable[[str], list[int]]
+    length: int
+    instruction: list[int]
+    instruction_length: int
+    settings: Any
+    texts: Engine
+    images: Engine
+
+
 class Family(NamedTuple):
     """A model family.
 
@@ -145,6 +170,7 @@ class Family(NamedTuple):
       infill, edit: as `sampling.infill` and `sampling.edit`; None for a family that only continues texts.
       reconstruct: (model, params, batch, keys) -> (tokens recovered, tokens), or None for a family without latents.
       engine: see `Engine`; None for a family that generates whole batches only.
+      pictures: (config, tokenizer) -> `Pictures` of a run; None for a family of texts alone.
     """
 
     name: str
@@ -169,6 +195,7 @@ class Family(NamedTuple):
     edit: Callable[..., Any] | None = None
     reconstruct: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     engine: Engine | None = None
+    pictures: Callable[[Config, Any], Pictures] | None = None
 
 
 def make_init(model: Any, config: Config) -> Callable[[Key], PyTree]:

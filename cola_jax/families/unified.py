@@ -4,23 +4,30 @@ It is the family "cola" with an image VAE (trained beside the Text VAE in stage 
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from cola_jax.config import Config, DataConfig
+from cola_jax.data import packing
 from cola_jax.families import cola
 from cola_jax.families.cola import ColaConfig
-from cola_jax.families.interface import Group, Stage
+from cola_jax.families.interface import Engine, Group, Pictures, Stage
 from cola_jax.fields import like, require
 from cola_jax.models import dit_config, image_vae, text_vae
+from cola_jax.models.dit_layer import Before
 from cola_jax.models.image_dit import ImageDiTConfig
 from cola_jax.models.image_vae import ImageVAEConfig
 from cola_jax.models.unified import UnifiedDLM
 from cola_jax.objectives import image_stage, stage1, unified
 from cola_jax.objectives.image_stage import ImageStageConfig
 from cola_jax.objectives.unified import TASKS, UnifiedStage2Config
+from cola_jax.sampling import block_engine, image_engine, images
 from cola_jax.sampling.images import ImageSettings
+from cola_jax.sampling.jobs import Job
+from cola_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +159,51 @@ def flops_per_token(config: UnifiedConfig, stage: int) -> float:
     return found + prior / length
 
 
+def pictures(config: UnifiedConfig, tokenizer) -> Pictures:
+    """How the pictures of a run with this config stand beside its texts."""
+    data = config.data
+    words = lambda text: packing.document_tokens(text, tokenizer, data.align).tolist()  # noqa: E731
+    size, length = {"size": data.image_size}, {"length": data.sequence_length}
+    return Pictures(
+        **size,
+        words=words,
+        **length,
+        instruction=words(data.instructions[0]) if data.instruction_length else [],
+        instruction_length=data.instruction_length,
+        settings=config.image_sample,
+        texts=cola.ENGINE._replace(
+            prepare=functools.partial(_prepare_texts, **size, instruction_length=data.instruction_length)
+        ),
+        images=Engine(
+            unit=lambda model, settings: 1,
+            prepare=functools.partial(image_engine.prepare, **size, **length),
+            start=image_engine.start,
+            rename=lambda program, state, asked: None,
+            advance=image_engine.advance,
+            own=("steps", "guidance_scale"),
+        ),
+    )
+
+
+def _prepare_texts(model: UnifiedDLM, params: Params, settings, size: int, instruction_length: int):
+    """`block_engine.prepare` for texts that may follow a picture of that size."""
+
+    def before(asked: Sequence[Job]) -> Before:
+        seen = [job.picture for job in asked]
+        said = [() if picture is None else picture.said for picture in seen]
+        rows = images.rows(said, instruction_length, "instruction") if instruction_length else None
+        pixels = [None if picture is None else picture.pixels for picture in seen]
+        return images.before(model, params, pixels, size, rows)
+
+    return block_engine.prepare(model, params, settings)._replace(before=before)
+
+
 FAMILY = cola.FAMILY._replace(
-    name="unified", config=UnifiedConfig, resolve=resolve, model=make_model, init=make_init, stages=make_stages
+    name="unified",
+    config=UnifiedConfig,
+    resolve=resolve,
+    model=make_model,
+    init=make_init,
+    stages=make_stages,
+    pictures=pictures,
 )

@@ -45,11 +45,15 @@ class Grid(NamedTuple):
     def times(self, steps: int) -> Float[np.ndarray, " T"]:
         """``steps + 1`` times in float64, from ``start`` to ``stop``."""
         down = self.start > self.stop
-        low, high = sorted((self.start, self.stop))
-        share = np.linspace(1.0 if down else 0.0, 0.0 if down else 1.0, steps + 1) ** self.power
-        times = low + (high - low) * self.shift * share / (1.0 + (self.shift - 1.0) * share)
+        times = self.at(np.linspace(1.0 if down else 0.0, 0.0 if down else 1.0, steps + 1))
         times[[0, -1]] = self.start, self.stop
         return times
+
+    def at(self, share):
+        """Times at shares of the way from the smaller time to the larger, in equal steps; an array of either kind."""
+        low, high = sorted((self.start, self.stop))
+        share = share**self.power
+        return low + (high - low) * self.shift * share / (1.0 + (self.shift - 1.0) * share)
 
 
 class Method(NamedTuple):

@@ -5,7 +5,7 @@ Continuations and gaps are one thing, layouts of what is known, and stand in the
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cola_jax.models.cola import ColaDLM
+from cola_jax.models.dit_layer import Before
 from cola_jax.sampling import blocks, conditioning, jobs
 from cola_jax.sampling.blocks import State
 from cola_jax.sampling.conditioning import Layout
@@ -23,11 +24,15 @@ from cola_jax.types import Params
 
 
 class Program(NamedTuple):
-    """What `prepare` makes: the plan, the weights, and the width in tokens of every layout."""
+    """What `prepare` makes: the plan, the weights, and the width in tokens of every layout.
+
+    ``before`` finds what stands before jobs' texts; None: nothing does.
+    """
 
     plan: Plan
     weights: Precomputed
     width: int
+    before: Callable[[Sequence[Job]], Before] | None = None
 
 
 def prepare(model: ColaDLM, params: Params, settings: Settings) -> Program:
@@ -61,7 +66,8 @@ def _layout(program: Program, asked: Sequence[Job]) -> Layout:
 
 def start(program: Program, asked: Sequence[Job]) -> State:
     """The batch of these sequences, all at their beginning."""
-    return blocks.begin(program.plan, program.weights, _layout(program, asked), jobs.keys(asked), jobs.choices(asked))
+    before, layout = program.before and program.before(asked), _layout(program, asked)
+    return blocks.begin(program.plan, program.weights, layout, jobs.keys(asked), jobs.choices(asked), before)
 
 
 def rename(program: Program, state: State, asked: Sequence[Job]) -> State | None:

@@ -62,6 +62,26 @@ class Drawn(NamedTuple):
     latents: Float[Array, "B N D"]
 
 
+def guided_velocity(
+    model: UnifiedDLM,
+    params: Params,
+    z: Float[Array, "B N D"],
+    times: Float[Array, " #B"],
+    grid: tuple[int, int],
+    before: Before,
+    scale: float | Float[Array, "B 1 1"],
+) -> Float[Array, "B N D"]:
+    """The velocity of images that is led away from that of images which read nothing: both branches in one pass."""
+    count = z.shape[0]
+    alone = jnp.full(z.shape[:2], -1)
+    both = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), before.pair)
+    twice = Before(*both, jnp.concatenate([before.ids, before.ids]))
+    times = times if times.shape[0] == 1 else jnp.concatenate([times, times])
+    ids = jnp.concatenate([-alone, alone])
+    v = model.apply(params, jnp.concatenate([z, z]), times, grid, twice, ids, method="image_velocity")
+    return guidance.guide(v[count:], v[:count], scale)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def draw(
     model: UnifiedDLM, params: Params, keys: Key, grid: tuple[int, int], settings: ImageSettings, before: Before | None
@@ -75,22 +95,14 @@ def draw(
       settings: see `ImageSettings`.
       before: what the images read (`UnifiedDLM.text_before`), or None. Guidance leads away from what reads nothing.
     """
-    channels, length = model.image_dit_config.latent_dim, grid[0] * grid[1]
-    count, guided = keys.shape[0], settings.guidance_scale != 1.0 and before is not None
-    noise = rng.normal(keys, (length, channels))
-    alone = jnp.full((count, length), -1)
+    guided = settings.guidance_scale != 1.0 and before is not None
+    noise = rng.normal(keys, (grid[0] * grid[1], model.image_dit_config.latent_dim))
 
     def plain(z, t):
         return model.apply(params, z, jnp.full(1, t), grid, before, method="image_velocity")
 
     def guide(z, t):
-        """Both branches in one pass."""
-        ids = jnp.concatenate([-alone, alone])
-        both = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), before.pair)
-        twice = Before(*both, jnp.concatenate([before.ids, before.ids]))
-        z = jnp.concatenate([z, z])
-        v = model.apply(params, z, jnp.full(1, t), grid, twice, ids, method="image_velocity")
-        return guidance.guide(v[count:], v[:count], settings.guidance_scale)
+        return guided_velocity(model, params, z, jnp.full(1, t), grid, before, settings.guidance_scale)
 
     def velocity(z, t):
         if not guided:
@@ -105,7 +117,8 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _text_before(model: UnifiedDLM, params: Params, batch: dict) -> Before:
+def text_before(model: UnifiedDLM, params: Params, batch: dict) -> Before:
+    """What an image reads of each of the `rows` of texts."""
     ids = common.latent_segments(batch, model.vae_config.patch_size)
     inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
     latents = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
@@ -153,7 +166,7 @@ def images(
     settings.validate()
     grid = model.image_vae_config.grid(size, size)
     ids = jnp.arange(len(prompts)) if sample_ids is None else jnp.asarray(sample_ids)
-    before = _text_before(model, params, rows(prompts, length))
+    before = text_before(model, params, rows(prompts, length))
     return draw(model, params, rng.fold_in(key, ids), grid, settings, before)
 
 

@@ -13,6 +13,13 @@ from cola_jax.types import Key
 Ids = Sequence[int]
 
 
+class Picture(NamedTuple):
+    """What a text may follow: pixels, uint8 [S, S, 3], and token ids of what is said before them (empty: nothing)."""
+
+    pixels: np.ndarray
+    said: Ids = ()
+
+
 class Job(NamedTuple):
     """One sequence that is to be generated.
 
@@ -22,6 +29,8 @@ class Job(NamedTuple):
       choice: how its tokens are chosen, in numbers.
       seed, sample: the draws are those of this sample of ``rng.key(seed, "sample")``.
       suffix: what stands behind the gap that is filled; None: the prompt is continued.
+      picture: what the text follows; None: nothing.
+      drawing: of an image, `images.ImageSettings`; None: the program's.
     """
 
     prompt: Ids
@@ -30,13 +39,16 @@ class Job(NamedTuple):
     seed: int = 0
     sample: int = 0
     suffix: Ids | None = None
+    picture: Picture | None = None
+    drawing: Any = None
 
     @property
     def known(self) -> tuple:
         """What its start depends on: sequences of which this is equal start equally."""
+        seen = () if self.picture is None else (self.picture.pixels.tobytes(), tuple(self.picture.said))
         if self.suffix is None:
-            return (tuple(self.prompt),)
-        return tuple(self.prompt), self.max_new_tokens, tuple(self.suffix)
+            return tuple(self.prompt), *seen
+        return tuple(self.prompt), self.max_new_tokens, tuple(self.suffix), *seen
 
 
 class Progress(NamedTuple):
@@ -47,12 +59,14 @@ class Progress(NamedTuple):
       ready: [B], how many of them are final; those behind them are not there yet.
       done: [B], whether that is all.
       log_probs: of the new tokens, where the family has them (`autoregressive.LogProbs`).
+      pictures: uint8 [B, S, S, 3], of those that are done, where images are drawn.
     """
 
     tokens: Any
     ready: Any
     done: Any
     log_probs: Any = None
+    pictures: Any = None
 
 
 def choices(jobs: Sequence[Job]) -> Choice:
