@@ -243,28 +243,38 @@ def _positions(pairs: Sequence[_Pair], digests: Sequence[bytes]) -> np.ndarray:
     return np.array([position(names[root(index)].encode()) for index in range(len(pairs))])
 
 
-def decode(content: bytes, size: int) -> np.ndarray:
+def decode(content: bytes, size: int, most: int | None = None) -> np.ndarray:
     """An image file as an array: what is transparent is white, the shorter side is ``size``, and the middle is kept.
 
     Args:
       content: of the file.
       size: S; a smaller image is enlarged.
+      most: pixels that it may have; None: as many as Pillow allows.
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
-      UserError: it is broken, animated, or has more than 8 bits a channel.
+      UserError: it is broken, animated, too large, or has more than 8 bits a channel.
     """
-    image, ops = _open(content), _pillow().ImageOps
+    image, ops = _open(content, most), _pillow().ImageOps
     return np.asarray(ops.fit(image, (size, size), method=_pillow().Image.Resampling.LANCZOS), np.uint8)
 
 
-def _open(content: bytes):
+def encode(picture: np.ndarray) -> bytes:
+    """uint8 [Y, X, 3] as a PNG file."""
+    buffer = io.BytesIO()
+    _pillow().Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _open(content: bytes, most: int | None = None):
     """The image of a file, RGB, upright and decoded."""
     pillow = _pillow()
     try:
         with pillow.Image.open(io.BytesIO(content)) as image:
+            if most is not None and image.width * image.height > most:
+                raise UserError(f"the image has {image.width} x {image.height} pixels: must be at most {most} in all")
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a photograph with previews
                 raise UserError(f"the image is animated ({frames} frames): must be a single one")

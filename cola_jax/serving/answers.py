@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Piece(NamedTuple):
     """More of one sequence of an answer.
@@ -17,6 +19,7 @@ class Piece(NamedTuple):
       tokens: how many new ones.
       log_probs: of the new tokens (`Noted`), where they are told.
       estimates: the texts that each step made of the new tokens, where they are told.
+      picture: in the last piece of an image, uint8 [S, S, 3].
     """
 
     index: int
@@ -25,6 +28,7 @@ class Piece(NamedTuple):
     tokens: int = 0
     log_probs: "list[Noted] | None" = None
     estimates: list[str] | None = None
+    picture: np.ndarray | None = None
 
 
 class Noted(NamedTuple):

@@ -23,6 +23,7 @@ from cola_jax.serving.desk import Asked, Desk
 from cola_jax.serving.errors import ApiError
 from cola_jax.serving.exchange import Exchange
 from cola_jax.serving.metrics import Metrics
+from cola_jax.serving.pictures import ImageForm
 from cola_jax.serving.settings import ServeSettings
 
 _LOG = logging.getLogger("cola_jax.serving")
@@ -57,6 +58,7 @@ def create(service: Service) -> Starlette:
         ("GET", "/v1/models/{name:path}"): endpoints.model,
         ("POST", "/v1/completions"): endpoints.completions,
         ("POST", "/v1/chat/completions"): endpoints.chat,
+        ("POST", "/v1/images/generations"): endpoints.images,
     }
     routes = [Route("/", _page), Route("/health", endpoints.health)]
     for (method, path), handler in guarded.items():
@@ -66,7 +68,8 @@ def create(service: Service) -> Starlette:
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    paths = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health, GET /metrics"
+    posts = "POST /v1/completions, POST /v1/chat/completions, POST /v1/images/generations"
+    paths = f"GET /v1/models, {posts}, GET /health, GET /metrics"
     return _refusal(ApiError(status, f"{request.method} {request.url.path[:100]}: the paths are {paths}"))
 
 
@@ -154,24 +157,38 @@ class Endpoints:
         """POST /v1/chat/completions."""
         return await self._answer(request, bodies.ChatBody, self._service.desk.chat)
 
+    async def images(self, request: Request) -> Response:
+        """POST /v1/images/generations."""
+        begin = time.perf_counter()
+        _, asked, exchange = await self._begun(request, bodies.ImageBody, self._service.desk.image)
+        form = ImageForm(len(asked.jobs), self._service.desk.offers.pictures.size, asked.seed)
+        await _collect(request, form, self._watched(exchange, begin))
+        return JSONResponse(await asyncio.to_thread(form.whole))  # files take a while to write
+
     async def _answer(self, request: Request, kind: type[bodies.Body], read: Callable[..., Asked]) -> Response:
-        service, begin = self._service, time.perf_counter()
-        raw = await _body(request, service.limits.body_bytes)
-        body = bodies.parse(kind, raw)
-        asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenize
-        if service.log_texts:
-            _LOG.info("prompts: %s", [service.desk.tokenizer.decode(prompt) for prompt in asked.prompts])
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options: must be given together with stream = true", "stream_options")
-        exchange = Exchange(asked, service.desk.tokenizer, service.batcher, service.limits.request_seconds)
+        begin = time.perf_counter()
+        body, asked, exchange = await self._begun(request, kind, read)
         tokens = sum(map(len, asked.prompts))
-        service.metrics.prompt_tokens.inc(tokens)
-        form = Form(kind is bodies.ChatBody, service.desk.name, len(asked.jobs), tokens, asked.seed)
+        form = Form(kind is bodies.ChatBody, self._service.desk.name, len(asked.jobs), tokens, asked.seed)
         pieces = self._watched(exchange, begin)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return _Stream(exchange, _events(form, pieces, usage), media_type="text/event-stream")
-        return await _collected(request, form, pieces)
+        await _collect(request, form, pieces)
+        return JSONResponse(form.whole())
+
+    async def _begun(
+        self, request: Request, kind: type[bodies.AnyBody], read: Callable[..., Asked]
+    ) -> tuple[bodies.AnyBody, Asked, Exchange]:
+        """A request whose sequences are on their way."""
+        service = self._service
+        body = bodies.parse(kind, await _body(request, service.limits.body_bytes))
+        asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenize
+        if service.log_texts:
+            _LOG.info("prompts: %s", [service.desk.tokenizer.decode(prompt) for prompt in asked.prompts])
+        exchange = Exchange(asked, service.desk.tokenizer, service.batcher, service.limits.request_seconds)
+        service.metrics.prompt_tokens.inc(sum(map(len, asked.prompts)))
+        return body, asked, exchange
 
     async def _watched(self, exchange: Exchange, begin: float) -> AsyncIterator[answers.Piece]:
         """The pieces of a request, measured; its sequences end with whoever reads them."""
@@ -221,8 +238,12 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(found)
 
 
-async def _collected(request: Request, form: Form, pieces: AsyncIterator[answers.Piece]) -> Response:
-    """The whole answer; nothing, and no more generation, for a client that has gone."""
+async def _collect(request: Request, form: Form | ImageForm, pieces: AsyncIterator[answers.Piece]) -> None:
+    """Lets a form take all pieces; for a client that has gone, there is no more generation.
+
+    Raises:
+      ClientDisconnect: it has gone.
+    """
 
     async def all_of_them() -> None:
         async with contextlib.aclosing(pieces):
@@ -243,7 +264,6 @@ async def _collected(request: Request, form: Form, pieces: AsyncIterator[answers
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return JSONResponse(form.whole())
 
 
 async def _events(form: Form, pieces: AsyncIterator[answers.Piece], usage: bool) -> AsyncIterator[str]:

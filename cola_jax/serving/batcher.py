@@ -118,6 +118,7 @@ class Batcher:
         if updates:
             metrics.units.observe(seconds)
         metrics.tokens.inc(sum(len(update.tokens) for _, update in updates))
+        metrics.images.inc(sum(update.picture is not None for _, update in updates))
         metrics.waiting.set(sum(len(waiting) for _, waiting in self._lanes))
         metrics.active.set(sum(len(lane.active) for lane in lanes))
         metrics.size.set(sum(lane.size for lane in lanes))

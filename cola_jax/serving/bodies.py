@@ -1,9 +1,9 @@
 """Bodies of requests, with the fields that OpenAI's interface gives them; what is ours is under "cola_jax"."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from cola_jax.serving.errors import ApiError
 
@@ -18,6 +18,10 @@ _NEUTRAL: dict[str, tuple] = {
     "response_format": ({"type": "text"},),
     "store": (False,),
     "metadata": ({},),
+    "quality": ("auto", "standard"),
+    "background": ("auto",),
+    "moderation": ("auto",),
+    "output_format": ("png",),
 }
 
 
@@ -87,24 +91,52 @@ def _are_ids(value) -> bool:
     return isinstance(value, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
 
 
-class Part(_Model):
-    """A part of a message."""
+class TextPart(_Model):
+    """A part of a message that is said."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(_Model):
+    """Where an image is."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Model):
+    """A part of a message that is shown."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
+]
 
 
 class Message(_Model):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
 
     @property
     def text(self) -> str:
         """What was said."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the images that were shown."""
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
 class ChatBody(Body):
@@ -121,7 +153,28 @@ class ChatBody(Body):
     metadata: Any = None
 
 
-def parse(kind: type[Body], raw: bytes) -> Body:
+class ImageBody(_Model):
+    """POST /v1/images/generations."""
+
+    model: str
+    prompt: str
+    n: int | None = Field(None, ge=1)
+    size: str | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    response_format: Literal["b64_json"] | None = None
+    user: str | None = None
+    quality: Any = None
+    background: Any = None
+    moderation: Any = None
+    output_format: Any = None
+
+
+AnyBody = Body | ImageBody
+
+
+def parse(kind: type[AnyBody], raw: bytes) -> AnyBody:
     """The body of a request.
 
     Raises:
@@ -131,16 +184,20 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         body = kind.model_validate_json(raw)
     except pydantic.ValidationError as error:
         raise _error(kind, error) from None
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(body, name, None)
-        if value is not None and not any(type(value) is type(each) and value == each for each in neutral):
+    for name in _NEUTRAL.keys() & kind.model_fields.keys():
+        value, neutral = getattr(body, name), _NEUTRAL[name]
+        asks = kind.model_fields[name].annotation is Any and value is not None
+        if asks and not any(type(value) is type(each) and value == each for each in neutral):
             raise ApiError(400, f"{name}: not offered here; must be null or {neutral[0]!r}", name, "unsupported")
-    if len(body.stops) > 4 or not all(body.stops):
-        raise ApiError(400, "stop: must be a text or up to four, none empty", "stop")
+    if isinstance(body, Body):
+        if len(body.stops) > 4 or not all(body.stops):
+            raise ApiError(400, "stop: must be a text or up to four, none empty", "stop")
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options: must be given together with stream = true", "stream_options")
     return body
 
 
-def _error(kind: type[Body], error: pydantic.ValidationError) -> ApiError:
+def _error(kind: type[AnyBody], error: pydantic.ValidationError) -> ApiError:
     """The first thing that is wrong, in one line without the value: it may be text of the user, or long."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if first["type"] == "json_invalid":

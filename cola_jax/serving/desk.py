@@ -1,11 +1,15 @@
 """From the body of a request to the sequences that it asks for."""
 
+import dataclasses
 import secrets
 from typing import Any, NamedTuple
 
 from cola_jax.data.tokenizers import Tokenizer
-from cola_jax.sampling.jobs import Job
-from cola_jax.serving.bodies import Body, ChatBody, CompletionBody
+from cola_jax.families.interface import Pictures
+from cola_jax.sampling.choose import Choice
+from cola_jax.sampling.jobs import Job, Picture
+from cola_jax.serving import pictures
+from cola_jax.serving.bodies import Body, ChatBody, CompletionBody, ImageBody
 from cola_jax.serving.chat import ChatTemplate
 from cola_jax.serving.errors import ApiError
 from cola_jax.serving.offers import Offers
@@ -17,7 +21,7 @@ class Asked(NamedTuple):
     """What one request asks for.
 
     Attributes:
-      lane: index of the offer.
+      lane: index of the offer; that of images comes behind them.
       jobs: its sequences; those of prompt i are the n from i * n on.
       prompts: the tokens of each prompt.
       echoes: what stands before each sequence's text in the answer.
@@ -77,16 +81,80 @@ class Desk:
           ApiError: it cannot be had.
         """
         self._check_model(body.model)
-        if self._chat is None:
-            need = "the checkpoint has no chat template; --chat_template=FILE of the server names one"
-            raise ApiError(400, f"messages: {need}; /v1/completions needs none", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: must be given together with logprobs = true", "top_logprobs")
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(400, "max_tokens: cannot be given together with max_completion_tokens", "max_tokens")
         log_probs = self._log_probs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
+        budget = body.max_tokens or body.max_completion_tokens
+        if any(message.urls for message in body.messages):
+            return self._description(body, budget, log_probs)
+        if self._chat is None:
+            need = "the checkpoint has no chat template; --chat_template=FILE of the server names one"
+            raise ApiError(400, f"messages: {need}; /v1/completions needs none", "messages", "no_chat_template")
         prompt = self._ids(0, self._chat.render(body.messages))
-        return self._asked(body, [prompt], None, body.max_tokens or body.max_completion_tokens, log_probs)
+        return self._asked(body, [prompt], None, budget, log_probs)
+
+    def _description(self, body: ChatBody, budget: int | None, log_probs: int | None) -> Asked:
+        """A text for the image of a message, whose words are what is said before the image.
+
+        Raises:
+          ApiError: the run knows no images, or not as many; not an image, too many words.
+        """
+        known, message = self._pictures("messages: an image", "messages"), body.messages[0]
+        if len(body.messages) > 1 or len(message.urls) > 1:
+            found = f"{sum(len(each.urls) for each in body.messages)} images in {len(body.messages)} messages"
+            raise ApiError(400, f"messages: {found}; must be one image in the only message", "messages")
+        picture = pictures.read(message.urls[0], known.size)
+        said = known.words(message.text) if message.text.strip() else known.instruction
+        if len(said) > known.instruction_length:
+            need = f"must be at most {known.instruction_length} with their end; without words the run's own are said"
+            if not known.instruction_length:
+                need = "must be none: this run's images have no instructions"
+            raise ApiError(400, f"messages: the words beside the image are {len(said)} tokens: {need}", "messages")
+        asked = self._asked(body, [[]], None, budget, log_probs)
+        jobs = [job._replace(picture=Picture(picture, said)) for job in asked.jobs]
+        return asked._replace(jobs=jobs, prompts=[said])
+
+    def image(self, body: ImageBody) -> Asked:
+        """What a request for images asks for.
+
+        Raises:
+          ApiError: it cannot be had.
+        """
+        self._check_model(body.model)
+        known, count = self._pictures("/v1/images/generations", "model"), body.n or 1
+        size = f"{known.size}x{known.size}"
+        if body.size not in (None, "auto", size):
+            raise ApiError(400, f"size = {body.size[:32]!r}: must be {size!r}, the run's", "size")
+        self._check_count(count, 1)
+        given = {name: getattr(body, name) for name in ("steps", "guidance_scale") if getattr(body, name) is not None}
+        prompt = known.words(body.prompt) if body.prompt else []
+        if len(prompt) > known.length:
+            message = f"prompt has {len(prompt)} tokens with its end: must be at most {known.length}"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        seed, drawing = self._seed(body.seed), dataclasses.replace(known.settings, **given)
+        jobs = [Job(prompt, 0, Choice(), seed, index, drawing=drawing) for index in range(count)]
+        return Asked(len(self.offers.settings), jobs, [prompt], [""] * count, (), None, False, seed)
+
+    def _pictures(self, what: str, param: str) -> Pictures:
+        """Of the run.
+
+        Raises:
+          ApiError: it has none.
+        """
+        if self.offers.pictures is None:
+            family = f"the model is of family {self.offers.family!r}"
+            raise ApiError(400, f"{what} needs a model of family 'unified'; {family}", param, "no_images")
+        return self.offers.pictures
+
+    def _seed(self, given: int | None) -> int:
+        return secrets.randbits(31) if given is None else given
+
+    def _check_count(self, count: int, prompts: int) -> None:
+        most = self._limits.max_sequences
+        if count * prompts > most:
+            raise ApiError(400, f"n = {count}: with {prompts} prompts must be at most {most} sequences", "n")
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
@@ -113,9 +181,8 @@ class Desk:
         return count
 
     def _asked(self, body: Body, prompts: list[list[int]], suffix, budget: int | None, log_probs) -> Asked:
-        count, most = body.n or 1, self._limits.max_sequences
-        if count * len(prompts) > most:
-            raise ApiError(400, f"n = {count}: with {len(prompts)} prompts must be at most {most} sequences", "n")
+        count = body.n or 1
+        self._check_count(count, len(prompts))
         ours: dict[str, Any] = dict(body.cola_jax or {})
         provisional = ours.pop("provisional", False)
         if not isinstance(provisional, bool):
@@ -130,7 +197,7 @@ class Desk:
             raise ApiError(400, str(error), name if name in ("temperature", "top_p") else "cola_jax") from error
         if suffix is not None:
             choice = self._filling(choice, lane)
-        seed = secrets.randbits(31) if body.seed is None else body.seed
+        seed = self._seed(body.seed)
         jobs = []
         for index, prompt in enumerate(prompts):
             room = self._room(index, prompt, suffix, budget, lane)

@@ -83,7 +83,7 @@ class Exchange:
             found = answers.noted(update.log_probs, update.tokens, asked.log_probs, decode)
         if asked.provisional and update.estimates is not None and len(update.tokens):
             estimates = self._provisional(before, update.estimates)
-        return Piece(index, text, finish, len(update.tokens), found, estimates)
+        return Piece(index, text, finish, len(update.tokens), found, estimates, update.picture)
 
     def _provisional(self, before: Sequence[int], estimates) -> list[str]:
         """What each step made of a unit, as text that stands behind that of the tokens before."""

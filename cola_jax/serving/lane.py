@@ -43,6 +43,7 @@ class Update(NamedTuple):
       ended: the text is complete; else it has used its budget, or goes on.
       estimates: [steps, len(tokens)], what each step made of these tokens; None where there are none.
       log_probs: of these tokens: chosen [n], ids [n, C], values [n, C]; None where there are none.
+      picture: uint8 [S, S, 3], of an image that is done.
       error: the sequence was given up, for this reason.
     """
 
@@ -51,6 +52,7 @@ class Update(NamedTuple):
     ended: bool = False
     estimates: np.ndarray | None = None
     log_probs: Any = None
+    picture: np.ndarray | None = None
     error: Exception | None = None
 
 
@@ -219,4 +221,5 @@ def _update(ticket: Ticket, row: int, progress, estimates) -> Update:
     if ticket.more and progress.log_probs is not None:
         log_probs = jax.tree.map(lambda leaf: leaf[row, new], progress.log_probs)
     guesses = estimates[:, row, : len(tokens)] if ticket.more and estimates is not None else None
-    return Update(tokens, done, done and ready < ticket.job.max_new_tokens, guesses, log_probs)
+    picture = progress.pictures[row] if done and progress.pictures is not None else None
+    return Update(tokens, done, done and ready < ticket.job.max_new_tokens, guesses, log_probs, picture)

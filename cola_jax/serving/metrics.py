@@ -16,6 +16,7 @@ class Metrics:
         self.requests = prometheus.Counter("cola_requests", "Requests by path and status", ["path", "status"], **kind)
         self.prompt_tokens = prometheus.Counter("cola_prompt_tokens", "Tokens of prompts that were accepted", **kind)
         self.tokens = prometheus.Counter("cola_generated_tokens", "Tokens that were generated", **kind)
+        self.images = prometheus.Counter("cola_generated_images", "Images that were drawn", **kind)
         self.cancelled = prometheus.Counter("cola_cancelled_sequences", "Sequences whose client was gone", **kind)
         self.compilations = prometheus.Counter("cola_compilations", "Programs compiled since the start", **kind)
         self.prefixes = prometheus.Gauge("cola_prefixes", "Lookups of a prompt's beginning", ["found"], **kind)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cola_jax import fields
-from cola_jax.families.interface import Engine, Family
+from cola_jax.families.interface import Engine, Family, Pictures
 from cola_jax.runs import Run
 from cola_jax.sampling.choose import Choice, choice_of
 from cola_jax.serving import whole
@@ -30,7 +30,9 @@ class Offers:
 
     Attributes:
       settings: of each offer.
-      engine: the family's.
+      pictures: of the run, or None.
+      family: its name.
+      engine: the family's, of texts.
       max_tokens, context: limits of a sequence, in tokens.
     """
 
@@ -49,8 +51,11 @@ class Offers:
         if self.context > trained and run.family.engine is None:
             raise UserError(f"--context = {self.context}: must be at most {trained}, what the model was trained on")
         self.max_tokens = min(limits.max_tokens or self.context, self.context)
-        self.engine: Engine = whole.engine(run.family)
+        of_run = run.family.pictures
+        self.pictures: Pictures | None = None if of_run is None else of_run(run.config, run.tokenizer)
+        self.engine: Engine = whole.engine(run.family) if self.pictures is None else self.pictures.texts
         self._family: Family = run.family
+        self.family = run.family.name
         base = dataclasses.replace(base, **self._fixed(base))
         self.settings = [base]
         for text in others:

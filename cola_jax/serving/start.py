@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from starlette.applications import Starlette
 
+from cola_jax.data.preparation import records
+from cola_jax.families.interface import Pictures
 from cola_jax.runs import Run
 from cola_jax.serving import app, chat
 from cola_jax.serving.app import Service
@@ -69,6 +71,9 @@ def start(run: Run, asked: Asked, log: Callable[[str], None] = print) -> Started
         program = offers.engine.prepare(run.model, run.params, settings)
         lanes.append(Lane(offers.engine, program, limits.batch_sizes, limits.prefixes))
         _warm(lanes[-1], limits, offers.context)
+    if offers.pictures is not None:
+        lanes.append(_image_lane(run, offers.pictures, limits, log))
+        _warm(lanes[-1], limits, offers.context)
 
     def deliver(updates: Updates) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
@@ -79,6 +84,18 @@ def start(run: Run, asked: Asked, log: Callable[[str], None] = print) -> Started
     facts = facts_of(run, offers, template is not None)
     service = Service(desk, batcher, metrics, limits, facts, asked.api_key, asked.log_texts)
     return Started(app.create(service), batcher, metrics)
+
+
+def _image_lane(run: Run, pictures: Pictures, limits: ServeSettings, log: Callable[[str], None]) -> Lane:
+    """The lane behind those of the offers.
+
+    Raises:
+      UserError: images cannot be read or written.
+    """
+    records.require("PIL", "images", f"serving a run of family {run.family.name!r}")
+    log(f"compiling for batches of {', '.join(map(str, limits.batch_sizes))}: images")
+    program = pictures.images.prepare(run.model, run.params, pictures.settings)
+    return Lane(pictures.images, program, limits.batch_sizes, prefixes=0)
 
 
 def _warm(lane: Lane, limits: ServeSettings, context: int) -> None:
@@ -105,7 +122,7 @@ def _hand_out(updates: Updates) -> None:
 
 def facts_of(run: Run, offers: Offers, chats: bool) -> dict:
     """What GET /v1/models tells of the model besides its name."""
-    base = offers.settings[0]
+    base, pictures = offers.settings[0], offers.pictures
     return {
         "family": run.family.name,
         "step": run.step,
@@ -116,6 +133,12 @@ def facts_of(run: Run, offers: Offers, chats: bool) -> dict:
         "infills": offers.engine.fills(base),
         "log_probs": offers.engine.log_probs,
         "chat": chats,
-        "defaults": {k: v for k, v in dataclasses.asdict(base).items() if isinstance(v, (int, float, str, bool))},
+        "images": None if pictures is None else {"size": pictures.size, **_told(pictures.settings)},
+        "defaults": _told(base),
         "offers": offers.described(),
     }
+
+
+def _told(settings: Any) -> dict:
+    """Settings that are single values, by name."""
+    return {name: v for name, v in dataclasses.asdict(settings).items() if isinstance(v, (int, float, str, bool))}

@@ -18,13 +18,13 @@ SIDE, GRID = 16, (2, 2)  # pixels, latents
 
 
 @functools.cache
-def make(dual_layers: int = 1, prediction: str = "velocity", **dit) -> tuple[UnifiedDLM, Params]:
+def make(dual_layers: int = 1, prediction: str = "velocity", vocab_size: int = 20, **dit) -> tuple[UnifiedDLM, Params]:
     """The model and its variables."""
     sizes = {"latent_dim": 4, "block_size": 2, "dim": 16, "num_heads": 2, "head_dim": 8, "num_layers": 3}
     sizes |= {"rope_dim": 8, "time_dim": 8, **dit}
     image = ImageDiTConfig(3, dual_layers, prediction, 0.2 if prediction == "mean" else None, position_sines=True)
     model = UnifiedDLM(
-        VAEConfig(vocab_size=20, dim=16, ffn_dim=32, num_heads=2, latent_dim=4, block_size=2),
+        VAEConfig(vocab_size=vocab_size, dim=16, ffn_dim=32, num_heads=2, latent_dim=4, block_size=2),
         DiTConfig(**sizes),
         image_vae_config=ImageVAEConfig(latent_dim=3, downsampling=8, patch_size=4, widths=(8, 8)),
         image_dit_config=image,

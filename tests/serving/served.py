@@ -9,11 +9,12 @@ import threading
 import flax.linen as nn
 import jax
 from families import bigram
-from models import tiny_autoregressive, tiny_models
+from models import tiny_autoregressive, tiny_models, tiny_unified
 
 from cola_jax.config import DataConfig
-from cola_jax.families import autoregressive, cola
+from cola_jax.families import autoregressive, cola, unified
 from cola_jax.runs import Run
+from cola_jax.sampling.images import ImageSettings
 from cola_jax.serving import server, start
 from cola_jax.serving.settings import ServeSettings
 
@@ -42,8 +43,10 @@ def _run(family, config, model, params) -> Run:
 
 @functools.cache
 def run(name: str) -> Run:
-    """The same run for the same name: "cola", "autoregressive", "bigram" (which has no engine)."""
+    """The same run for the same name: "cola", "autoregressive", "bigram" (which has no engine), "unified"."""
     data = DataConfig(sequence_length=CONTEXT)
+    if name == "unified":
+        return _unified()
     if name == "cola":
         model, params = tiny_models.create({"patch_size": 2, "attention": "block_causal"}, {"no_history_vector": True})
         sample = cola.SampleConfig(steps=2, guidance_scale=3.0, temperature=0.7, max_new_tokens=12)
@@ -58,6 +61,25 @@ def run(name: str) -> Run:
     params = nn.unbox(bigram.FAMILY.init(model, config)(jax.random.key(0)))
     params = jax.tree.map(lambda x: 3.0 * jax.random.normal(jax.random.key(1), x.shape), params)
     return _run(bigram.FAMILY, config, model, params)
+
+
+def _unified() -> Run:
+    model, params = tiny_unified.make(vocab_size=tiny_models.VOCAB)
+    stream = params["params"]["image_dit"]
+    louder = stream | {"in_layer": jax.tree.map(lambda x: 10 * x, stream["in_layer"])}  # so that texts depend on it
+    params = {"params": params["params"] | {"image_dit": louder}}
+    instructions = {"instruction_length": 12, "instructions": ("what is it",)}
+    data = DataConfig(sequence_length=CONTEXT, image_size=tiny_unified.SIDE, **instructions)
+    config = unified.UnifiedConfig(
+        data=data,
+        vae=model.vae_config,
+        dit=model.dit_config,
+        image_vae=model.image_vae_config,
+        image_dit=model.image_dit_config,
+        sample=cola.SampleConfig(steps=2, guidance_scale=3.0, max_new_tokens=12),
+        image_sample=ImageSettings(steps=3, guidance_scale=2.0),
+    )
+    return _run(unified.FAMILY, config, model, params)
 
 
 def settings(found: Run, **changes):
