@@ -1,8 +1,13 @@
 """The page of the server in a real browser: Debian's chromium, driven by playwright."""
 
+import base64
+import contextlib
+import io
 import shutil
 import time
 
+import numpy as np
+import PIL.Image
 import pytest
 from serving import served
 
@@ -21,6 +26,12 @@ def cola():
 
 @pytest.fixture
 def page(cola):
+    with opened(cola) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def opened(serving):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -29,8 +40,8 @@ def page(cola):
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-        page.goto(cola.url)
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny-cola'")
+        page.goto(serving.url)
+        page.wait_for_function(f"document.getElementById('model').textContent === '{serving.name}'")
         page.problems = problems
         yield page
         browser.close()
@@ -108,3 +119,30 @@ def test_what_is_typed_is_never_markup(page):
     page.click("#go")
     page.wait_for_function("document.getElementById('status').textContent !== 'waiting'")
     assert page.evaluate("window.hit === undefined && !document.querySelector('#text img')")
+
+
+def test_a_person_draws_an_image_and_has_one_described(page, tmp_path):
+    assert page.is_hidden("#draw") and page.is_hidden("#image")
+    file, buffer = tmp_path / "picture.png", io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(buffer, "PNG")
+    file.write_bytes(buffer.getvalue())
+    with served.serving("unified") as unified, opened(unified) as page:
+        ask(page, "a cat")
+        page.click("#draw")
+        page.wait_for_function("document.getElementById('status').textContent === 'drawn, seed 3'")
+        assert page.evaluate("document.querySelector('#text img').naturalWidth") == 16
+        ask(page, "tell me")
+        page.set_input_files("#image", file)
+        page.click("#go")
+        settled(page)
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "text", "text": "tell me"}, {"type": "image_url", "image_url": {"url": url}}]
+        assert page.text_content("#text") == described(unified, content) and not page.problems
+
+
+def described(unified, content) -> str:
+    import httpx
+
+    body = {"model": unified.name, "max_tokens": 9, "seed": 3, "messages": [{"role": "user", "content": content}]}
+    answer = httpx.post(f"{unified.url}/v1/chat/completions", json=body, timeout=60).json()
+    return answer["choices"][0]["message"]["content"]
