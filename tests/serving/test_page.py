@@ -121,8 +121,11 @@ def test_what_is_typed_is_never_markup(page):
     assert page.evaluate("window.hit === undefined && !document.querySelector('#text img')")
 
 
-def test_a_person_draws_an_image_and_has_one_described(page, tmp_path):
-    assert page.is_hidden("#draw") and page.is_hidden("#image")
+def test_a_family_without_images_offers_none(page):
+    assert page.is_visible("#fill") and page.is_hidden("#draw") and page.is_hidden("#image")
+
+
+def test_a_person_draws_an_image_and_has_one_described(tmp_path):
     file, buffer = tmp_path / "picture.png", io.BytesIO()
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(buffer, "PNG")
     file.write_bytes(buffer.getvalue())
