@@ -8,20 +8,23 @@ import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from cola_jax.config import Config, DataConfig
 from cola_jax.data import packing
 from cola_jax.families import cola
 from cola_jax.families.cola import ColaConfig
-from cola_jax.families.interface import Engine, Group, Pictures, Stage
+from cola_jax.families.interface import Engine, Family, Group, Pictures, Stage
 from cola_jax.fields import like, require
 from cola_jax.models import dit_config, image_vae, text_vae
 from cola_jax.models.dit_layer import Before
 from cola_jax.models.image_dit import ImageDiTConfig
 from cola_jax.models.image_vae import ImageVAEConfig
 from cola_jax.models.unified import UnifiedDLM
+from cola_jax.objectives import alignment as objective
 from cola_jax.objectives import image_stage, stage1, unified
+from cola_jax.objectives.alignment import Features
 from cola_jax.objectives.image_stage import ImageStageConfig
 from cola_jax.objectives.unified import TASKS, UnifiedStage2Config
 from cola_jax.sampling import block_engine, image_engine, images
@@ -58,8 +61,12 @@ class UnifiedConfig(ColaConfig):
             need,
         )
         need = f"at most dit.num_layers = {self.dit.num_layers}"
-        dual = self.image_dit.dual_layers
-        require(dual <= self.dit.num_layers, f"{prefix}image_dit.dual_layers", dual, need)
+        for name in ("dual_layers", "alignment_layer"):
+            value = getattr(self.image_dit, name)
+            require(value <= self.dit.num_layers, f"{prefix}image_dit.{name}", value, need)
+        ok = self.image_dit.alignment_size > 0 or not self.stage2.alignment_weight
+        need = "at least 1 where stage2.alignment_weight > 0: the number of features"
+        require(ok, f"{prefix}image_dit.alignment_size", self.image_dit.alignment_size, need)
         shares = data.task_shares
         need = f"a share for each of the tasks {', '.join(TASKS)}"
         require(len(shares) == len(TASKS), f"{prefix}data.task_shares", shares, need)
@@ -102,8 +109,23 @@ def make_init(model: UnifiedDLM, config: UnifiedConfig):
     return lambda key: model.init(key, tokens, images)
 
 
-def make_stages(model: UnifiedDLM | None, config: UnifiedConfig) -> tuple[Stage, Stage]:
-    """Stage 1, both VAEs, each with its own loss; stage 2, the joint prior with both frozen."""
+def make_stages(
+    model: UnifiedDLM | None,
+    config: UnifiedConfig,
+    perceptual: image_stage.Features | None = None,
+    alignment: Features | None = None,
+) -> tuple[Stage, Stage]:
+    """Stage 1, both VAEs, each with its own loss; stage 2, the joint prior with both frozen.
+
+    Args:
+      model, config: of the family.
+      perceptual, alignment: see `with_features`.
+
+    Raises:
+      UserError: features that do not fit the config.
+    """
+    if model is not None and config.stage2.alignment_weight:
+        _check_alignment(config, alignment)
 
     def first(params, batch, keys, frozen):
         del frozen
@@ -111,12 +133,12 @@ def make_stages(model: UnifiedDLM | None, config: UnifiedConfig) -> tuple[Stage,
         codec = image_vae.ImageVAE(config.image_vae, model.dtype)
         variables = {"params": params["params"]["image_vae"]}
         real = jnp.any(batch["segment_ids"] > 0, axis=1)
-        pictures = image_stage.terms(codec, config.image_stage1, variables, batch, keys, real)
+        pictures = image_stage.terms(codec, config.image_stage1, variables, batch, keys, real, perceptual)
         return found | {f"image_{name}": term for name, term in pictures.items()}
 
     def second(params, batch, keys, frozen):
         del frozen
-        return unified.terms(model, config.stage2, params, batch, keys)
+        return unified.terms(model, config.stage2, params, batch, keys, alignment)
 
     codecs, prior = cola.stages_with_terms(config, first, second)
     codecs = codecs._replace(
@@ -133,8 +155,31 @@ def make_stages(model: UnifiedDLM | None, config: UnifiedConfig) -> tuple[Stage,
     return codecs, prior
 
 
+def _check_alignment(config: UnifiedConfig, features: Features | None) -> None:
+    """Raises UserError for features that do not fit; before anything is trained."""
+    side, vae = config.data.image_size, config.image_vae
+    grid = vae.grid(side, side)
+    images = jax.ShapeDtypeStruct((1, side, side, vae.channels), jnp.uint8)
+    means = jax.ShapeDtypeStruct((1, grid[0] * grid[1], vae.latent_dim), jnp.float32)
+    size = config.image_dit.alignment_size
+    jax.eval_shape(lambda pixels, means: objective.wanted(size, pixels, grid, means, features), images, means)
+
+
+def with_features(perceptual: image_stage.Features | None = None, alignment: Features | None = None) -> Family:
+    """The family, whose runs are trained with features of images: ``loop.train(config, directory, family=...)``.
+
+    Args:
+      perceptual: what should look alike of an image and its reconstruction (`image_stage1.perceptual_weight`).
+      alignment: what a layer's states are aligned with (`stage2.alignment_weight`); None: the latents' means.
+    """
+    return FAMILY._replace(stages=functools.partial(make_stages, perceptual=perceptual, alignment=alignment))
+
+
 def flops_per_token(config: UnifiedConfig, stage: int) -> float:
-    """`cola.flops_per_token`, and an image's share of a row's tokens: a mean over the tasks."""
+    """`cola.flops_per_token`, and an image's share of a row's tokens: a mean over the tasks.
+
+    Features of images that are given are left out.
+    """
     side, length = config.data.image_size, config.data.sequence_length
     encoder, decoder = image_vae.forward_flops(config.image_vae, side, side)
     found = cola.flops_per_token(config, stage)

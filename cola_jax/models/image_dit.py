@@ -46,13 +46,36 @@ class ImageDiTConfig:
         False,
         "sines of row and column are added to the first layer's input: rotary positions tell distances alone [ours]",
     )
+    alignment_size: int = setting(
+        0, "features of a position that images are aligned with (stage2.alignment_weight); 0: no such head", at_least=0
+    )
+    alignment_layer: int = setting(
+        0, "the layer behind which images are aligned, from 1; 0: the last of the first third", at_least=0
+    )
 
     def validate(self) -> None:
         check(self, "config.image_dit.")
 
 
+class AlignmentHead(nn.Module):
+    """From states of an image's positions to features that another network makes of the image (REPA)."""
+
+    size: int
+    dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N F"]:
+        h = nn.silu(Linear((self.dim,), ("embed", "mlp"), dtype=self.dtype, name="layer_in")(x))
+        h = nn.silu(Linear((self.dim,), ("mlp", "embed"), dtype=self.dtype, name="hidden")(h))
+        return Linear((self.size,), ("embed", None), dtype=self.dtype, name="layer_out")(h)
+
+
 class ImageStream(nn.Module):
     """Velocity of the latents of images; ``text`` in its methods is the stacked layers' parameters of the text DiT.
+
+    Where "alignment" is mutable, `velocity` leaves "features" there: the alignment head's, of the states behind the
+    layer that the config names.
 
     Attributes:
       config: what images have of their own.
@@ -80,6 +103,8 @@ class ImageStream(nn.Module):
         self.out_norm = LayerNorm(dit.norm_eps)
         self.out_modulation = Modulation((2, dit.dim), dtype)
         self.out_layer = Linear((self.config.latent_dim,), ("embed", "latent"), zero=True, dtype=dtype)
+        if self.config.alignment_size:
+            self.alignment = AlignmentHead(self.config.alignment_size, dit.dim, dtype)
 
     def velocity(
         self,
@@ -135,14 +160,19 @@ class ImageStream(nn.Module):
             x, pairs = self.dual(x, None, context) if self.config.dual_layers else (x, None)
             if self.config.dual_layers < self.dit.num_layers:
                 self.modulations.modulations(None, None, context.time)
+            if self.config.alignment_size:
+                self.alignment(x)
             shape = (self.dit.num_layers, x.shape[0], self.dit.num_heads, x.shape[1], self.dit.head_dim)
             return x, (jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
         layer, found = DiTLayer(self.dit, self.dtype, parent=None), []
-        for begin, end, weights in self._weights(text):
+        aligned = aligned_layer(self.config, self.dit) if self.is_mutable_collection("alignment") else 0
+        for begin, end, weights in _cut(self._weights(text), aligned):
             pair = None if before is None else jax.tree.map(lambda part: part[begin:end], before.pair)  # noqa: B023
             inputs, dit = pair and (pair, None), self.dit
             x, pairs = apply_scanned(layer, weights, x, inputs, context, dit.remat, min(dit.unroll, end - begin))
             found.append(pairs)
+            if end == aligned:
+                self.sow("alignment", "features", self.alignment(x))
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     def _weights(self, text: Params) -> list[tuple[int, int, Params]]:
@@ -208,6 +238,26 @@ class ImageStream(nn.Module):
             streams, pairs = jax.lax.scan(body, streams, inputs, unroll=min(self.dit.unroll, end - begin))
             found.append(pairs)
         return Before(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), ids)
+
+
+def aligned_layer(config: ImageDiTConfig, dit: DiTConfig) -> int:
+    """The number of layers before the states that the alignment head reads."""
+    return config.alignment_layer or -(-dit.num_layers // 3)
+
+
+def _cut(parts: list[tuple[int, int, Params]], at: int) -> list[tuple[int, int, Params]]:
+    """Stretches of layers (first, last, stacked parameters), of which one ends with layer ``at``."""
+    found = []
+    for begin, end, weights in parts:
+        if begin < at < end:
+            low, high = (
+                jax.tree.map(lambda x, part=part: x[part], weights)
+                for part in (slice(at - begin), slice(at - begin, None))
+            )
+            found += [(begin, at, low), (at, end, high)]
+        else:
+            found.append((begin, end, weights))
+    return found
 
 
 def _clean_mask(ids, before: Before | None):

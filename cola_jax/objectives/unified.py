@@ -5,6 +5,7 @@ is noisy, and the text's blocks are an auxiliary loss), caption ``[P][I][C][N]``
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from cola_jax.flow.path import PATHS, interpolate
 from cola_jax.models.dit_layer import Before
 from cola_jax.models.image_vae import to_float
 from cola_jax.models.unified import with_before
-from cola_jax.objectives import common, stage2
+from cola_jax.objectives import alignment, common, stage2
+from cola_jax.objectives.alignment import Features
 from cola_jax.objectives.stage2 import Stage2Config
 from cola_jax.types import Key, Params, Term
 
@@ -39,6 +41,11 @@ class UnifiedStage2Config(Stage2Config):
     image_time_scale: float = like(Stage2Config, "time_scale")
     image_noise_copies: int | None = setting(
         None, "noisy copies of an image for one clean pass of its text; None: noise_copies", at_least=1
+    )
+    alignment_weight: float = setting(
+        0.0,
+        "task 'image': weight of minus the cosine between a layer's states and features of the clean image (REPA)",
+        at_least=0,
     )
     text_dropout: float = setting(
         0.1, "task 'image': share of the images that see no text, for guidance", at_least=0, at_most=1
@@ -90,7 +97,14 @@ def _before(model, params, batch, picture, grid) -> Before:
     return model.apply(params, words, ids, picture, grid, method="joined")
 
 
-def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: Key) -> dict[str, Term]:
+def terms(
+    model,
+    stage: UnifiedStage2Config,
+    params: Params,
+    batch: dict,
+    keys: Key,
+    features: Features | None = None,
+) -> dict[str, Term]:
     """Velocity errors of the batch's task, the other tasks' terms being empty.
 
     Args:
@@ -100,10 +114,14 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
       batch: ``tokens`` and ``segment_ids`` [B, T], ``image`` [B, Y, X, 3] uint8, ``task`` [B], the same index of
         `TASKS` for all; maybe ``instruction`` (`before_of`). Rows without text count nowhere.
       keys: [B].
+      features: with ``alignment_weight``, what a layer's states are aligned with (`alignment.wanted`).
 
     Returns:
-      "text_flow", "image_flow", "auxiliary_flow" (the text of the task "image"), "caption_flow", and "codes" where they
-      have a weight.
+      "text_flow", "image_flow", "auxiliary_flow" (the text of the task "image"), "caption_flow", and "codes" and
+      "alignment" where they have a weight.
+
+    Raises:
+      UserError: see `alignment.wanted`.
     """
     text_keys, flow_keys, picture_keys, image_keys = rng.split(keys, 4)
     segments = common.latent_segments(batch, model.vae_config.patch_size)
@@ -119,6 +137,8 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
     }
     if stage.code_weight:
         weights["codes"] = stage.code_weight
+    if stage.alignment_weight:
+        weights["alignment"] = stage.alignment_weight
     nothing = jnp.zeros(z.shape[0])
 
     def encoded():
@@ -145,8 +165,12 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
             before = Before(*pair, segments)
         else:
             found, before = {}, model.apply(params, z, segments, method="text_before")
-        term = _image_flow(model, stage, params, picture, seen, grid, before, image_keys)
-        return filled("auxiliary_flow", found, image_flow=term)
+        wanted = None
+        if stage.alignment_weight:
+            means = model.normalize_image(seen.mean)
+            wanted = alignment.wanted(model.image_dit_config.alignment_size, batch["image"], grid, means, features)
+        more = _image_terms(model, stage, params, picture, seen, grid, before, image_keys, wanted)
+        return filled("auxiliary_flow", found, **more)
 
     def caption():
         before = _before(model, params, batch, encoded()[1], grid)
@@ -156,8 +180,13 @@ def terms(model, stage: UnifiedStage2Config, params: Params, batch: dict, keys: 
     return {name: Term(*found[name], coefficient) for name, coefficient in weights.items()}
 
 
-def _image_flow(model, stage: UnifiedStage2Config, params, picture, seen, grid, before: Before, keys: Key) -> Term:
-    """Velocity error of noisy copies of images (their posterior: ``seen``) that read a text or nothing each."""
+def _image_terms(
+    model, stage: UnifiedStage2Config, params, picture, seen, grid, before: Before, keys: Key, wanted
+) -> dict[str, Term]:
+    """Velocity error of noisy copies of images (their posterior: ``seen``) that read a text or nothing each.
+
+    With features ``wanted`` [B, N, F], also the error of their alignment.
+    """
     noise_keys, time_keys, drop_keys = rng.split(keys, 3)
     (batch, length, channels), copies = picture.shape, stage.image_noise_copies or stage.noise_copies
 
@@ -175,7 +204,16 @@ def _image_flow(model, stage: UnifiedStage2Config, params, picture, seen, grid, 
     dropped = rng.uniform(drop_keys, (copies,)) < stage.text_dropout
     ids = jnp.broadcast_to(jnp.where(dropped.reshape(-1, 1), -1, 1), noisy.shape[:2])
     read = Before(*for_copies(before.pair, 1), for_copies(before.ids))
-    velocity = model.apply(params, noisy, times[:, 0, 0], grid, read, ids, method="image_velocity")
-    error = jnp.mean(jnp.square(velocity - target), axis=-1).reshape(batch, -1)
-    real = jnp.any(before.ids > 0, axis=1, keepdims=True)
-    return common.per_example(error, jnp.broadcast_to(real, error.shape).astype(error.dtype), stage.image_weight)
+    call = functools.partial(model.apply, params, noisy, times[:, 0, 0], grid, read, ids, method="image_velocity")
+    real = jnp.any(before.ids > 0, axis=1)
+
+    def term(error, coefficient):
+        error = error.reshape(batch, -1)
+        return common.per_example(error, jnp.broadcast_to(real[:, None], error.shape).astype(error.dtype), coefficient)
+
+    velocity, recorded = (call(), None) if wanted is None else call(mutable=["alignment"])
+    out = {"image_flow": term(jnp.mean(jnp.square(velocity - target), axis=-1), stage.image_weight)}
+    if wanted is not None:
+        (found,) = recorded["alignment"]["image_dit"]["features"]
+        out["alignment"] = term(alignment.error(found, for_copies(wanted)), stage.alignment_weight)
+    return out

@@ -11,7 +11,7 @@ from cola_jax import families, paths
 from cola_jax.config import Config, DataConfig
 from cola_jax.data import manifest, pipeline, run_tokenizer
 from cola_jax.data.tokenizers import Tokenizer
-from cola_jax.families.interface import Stage
+from cola_jax.families.interface import Family, Stage
 from cola_jax.train import distributed
 from cola_jax.types import Key, Params, Place, UserError
 
@@ -38,8 +38,13 @@ class Experiment:
     tokenizer: Any = None
 
 
-def build(config: Config, workdir: Place) -> Experiment:
+def build(config: Config, workdir: Place, family: Family | None = None) -> Experiment:
     """The experiment of a config; trains the tokenizer if the run has none yet.
+
+    Args:
+      config: the run's.
+      workdir: its directory.
+      family: of the config; None: the one that its name says.
 
     Raises:
       UserError: see the tokenizers and the corpora.
@@ -47,7 +52,7 @@ def build(config: Config, workdir: Place) -> Experiment:
     file = workdir / manifest.TOKENIZER_FILES.get(config.data.tokenizer, "tokenizer.model")
     data = dataclasses.replace(config.data, tokenizer_path=local_tokenizer(config.data.tokenizer_path))
     tokenizer = distributed.first(lambda: _tokenizer(data, file))
-    family = families.of(config)
+    family = family or families.of(config)
     config = family.resolve(config, tokenizer.vocab_size)
     model = family.model(config)
     return Experiment(

@@ -15,6 +15,7 @@ import jax
 
 from cola_jax import paths, sharding
 from cola_jax.config import Config
+from cola_jax.families.interface import Family
 from cola_jax.train import initialise, interrupts, starts, workdir
 from cola_jax.train import state as states
 from cola_jax.train.experiment import Experiment, build
@@ -29,6 +30,7 @@ def train(
     sampler: Sampler | None = None,
     log: Callable[[str], None] | None = None,
     profile_steps: tuple[int, int] | None = None,
+    family: Family | None = None,
 ) -> states.TrainState:
     """Trains all stages, or what is left of them.
 
@@ -41,6 +43,7 @@ def train(
       sampler: generates texts in the last stage, every ``train.sample_every`` steps and at the end.
       log: prints a line; None for the console.
       profile_steps: first and last step of the last stage that are profiled, into ``directory/profile``.
+      family: as of `experiment.build`, where no experiment is given.
 
     Returns:
       The final state of the last stage.
@@ -53,7 +56,7 @@ def train(
     """
     directory = paths.directory(directory, "--workdir")
     try:
-        return _train(config, directory, experiment, sampler, log, profile_steps)
+        return _train(config, directory, experiment, sampler, log, profile_steps, family)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         message = f"--workdir = {directory}: training stopped: {reason}; what was saved is intact"
@@ -64,12 +67,12 @@ def train(
         raise
 
 
-def _train(config: Config, directory: Place, experiment, sampler, log, profile_steps) -> states.TrainState:
+def _train(config: Config, directory: Place, experiment, sampler, log, profile_steps, family) -> states.TrainState:
     workdir.claim(config, directory)
     log = log or functools.partial(print, flush=True)
     if jax.process_index():
         log = _silent
-    experiment = experiment or build(config, directory)
+    experiment = experiment or build(config, directory, family)
     starts.record(config, directory, log)
     mesh = sharding.make_mesh(config.train)
     trained = [i for i, stage in enumerate(experiment.stages) if stage.steps] or [0]

@@ -18,11 +18,26 @@ SIDE, GRID = 16, (2, 2)  # pixels, latents
 
 
 @functools.cache
-def make(dual_layers: int = 1, prediction: str = "velocity", vocab_size: int = 20, **dit) -> tuple[UnifiedDLM, Params]:
-    """The model and its variables."""
+def make(
+    dual_layers: int = 1,
+    prediction: str = "velocity",
+    vocab_size: int = 20,
+    alignment: tuple[int, int] = (0, 0),
+    **dit,
+) -> tuple[UnifiedDLM, Params]:
+    """The model and its variables; ``alignment``: size and layer of the alignment head."""
     sizes = {"latent_dim": 4, "block_size": 2, "dim": 16, "num_heads": 2, "head_dim": 8, "num_layers": 3}
     sizes |= {"rope_dim": 8, "time_dim": 8, **dit}
-    image = ImageDiTConfig(3, dual_layers, prediction, 0.2 if prediction == "mean" else None, position_sines=True)
+    variance = 0.2 if prediction == "mean" else None
+    image = ImageDiTConfig(
+        3,
+        dual_layers,
+        prediction,
+        variance,
+        position_sines=True,
+        alignment_size=alignment[0],
+        alignment_layer=alignment[1],
+    )
     model = UnifiedDLM(
         VAEConfig(vocab_size=vocab_size, dim=16, ffn_dim=32, num_heads=2, latent_dim=4, block_size=2),
         DiTConfig(**sizes),
