@@ -5,6 +5,7 @@ block) pairs, each with its own step sizes, gives the density of every block giv
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,10 +35,12 @@ class Density(NamedTuple):
     steps: Int[Array, "B G"]
 
 
-def precise(model: ColaDLM, params: Params, settings: Settings) -> tuple[ColaDLM, Params]:
+def precise(
+    model: ColaDLM, params: Params, settings: Settings, groups: Sequence[str] = ("dit",)
+) -> tuple[ColaDLM, Params]:
     """Model and parameters (of the prior alone) that compute in the settings' dtype, whatever the model's own is."""
     dtype = jnp.dtype(settings.dtype)
-    prior = {**params, "params": {"dit": params["params"]["dit"]}}
+    prior = {**params, "params": {name: params["params"][name] for name in groups}}
     return model.clone(dtype=dtype), jax.tree.map(lambda x: x.astype(dtype) if _is_float(x) else x, prior)
 
 

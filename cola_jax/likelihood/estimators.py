@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from cola_jax import sharding
 from cola_jax.likelihood import weights
@@ -153,10 +154,32 @@ def log_likelihood(
     if mesh is not None:
         rows = _share_out(rows, mesh)
     posterior = weights.encode(model, params, rows)
-    count = len(scored)
+
+    def of_samples(samples):
+        return weights.terms(model, params, rows, settings, posterior, key, samples)
+
+    return estimate(of_samples, settings, len(scored), scored, report)
+
+
+def estimate(
+    of_samples: Callable[[Array], weights.Terms],
+    settings: Settings,
+    count: int,
+    tokens: np.ndarray,
+    report: Callable[[int, int], None] | None = None,
+) -> Likelihood:
+    """A `Likelihood` of all samples that the settings ask for, computed some at a time.
+
+    Args:
+      of_samples: numbers of samples [S] -> `weights.Terms` of at least ``count`` rows; those behind do not count.
+      settings: see `Settings`.
+      count: B.
+      tokens: [B], what is scored of each.
+      report: called with (samples done, samples).
+    """
     parts, means = [], None
     for samples in sample_chunks(settings, count):
-        terms = jax.device_get(weights.terms(model, params, rows, settings, posterior, key, jnp.asarray(samples)))
+        terms = jax.device_get(of_samples(jnp.asarray(samples)))
         new = samples < settings.samples
         blocks = BlockTerms(*[x[:, new].astype(np.float64) for x in terms[:3]])
         parts.append([blocks.elbo.sum(axis=-1), terms.ok[:, new], terms.steps[:, new]])
@@ -166,7 +189,7 @@ def log_likelihood(
             report(min(int(samples[-1]) + 1, settings.samples), settings.samples)
     log_w, ok, steps = (np.concatenate(part, axis=1)[:count] for part in zip(*parts, strict=True))
     blocks = BlockTerms(*[m[:count] / settings.samples for m in means])
-    return _likelihood(log_w, ok, steps, blocks, scored, settings)
+    return _likelihood(log_w, ok, steps, blocks, tokens, settings)
 
 
 def _share_out(rows: Rows, mesh) -> Rows:

@@ -56,6 +56,12 @@ class ImageDiTConfig:
     def validate(self) -> None:
         check(self, "config.image_dit.")
 
+    def deviation(self, t: Array) -> Array:
+        """Of z_t around its mean, at a flow time; 1 where the network predicts velocities (`DiTConfig.deviation`)."""
+        if self.prediction == "velocity":
+            return jnp.ones_like(t)
+        return jnp.sqrt(prediction.spread(PATHS[self.path], t, self.prediction_variance))
+
 
 class AlignmentHead(nn.Module):
     """From states of an image's positions to features that another network makes of the image (REPA)."""

@@ -74,6 +74,20 @@ def image_latents(model, params: Params, images: jax.Array) -> jax.Array:
     return model.normalize_image(model.apply(params, to_float(images), method="encode_image").mean)
 
 
+def text_before(model, params: Params, batch: dict) -> Before:
+    """What stands before an image that is drawn for a text: the text, by the means of its latents.
+
+    Args:
+      model: a `UnifiedDLM`.
+      params: its variables.
+      batch: ``tokens`` and ``segment_ids`` [B, T], a whole text a row (with its end of text), or nothing.
+    """
+    ids = common.latent_segments(batch, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
+    latents = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
+    return model.apply(params, latents, ids, method="text_before")
+
+
 def before_of(model, params: Params, batch: dict) -> Before:
     """What stands before the text of the task "caption": the instruction, if there is one, and the image.
 
@@ -205,11 +219,11 @@ def _image_terms(
     ids = jnp.broadcast_to(jnp.where(dropped.reshape(-1, 1), -1, 1), noisy.shape[:2])
     read = Before(*for_copies(before.pair, 1), for_copies(before.ids))
     call = functools.partial(model.apply, params, noisy, times[:, 0, 0], grid, read, ids, method="image_velocity")
-    real = jnp.any(before.ids > 0, axis=1)
 
     def term(error, coefficient):
         error = error.reshape(batch, -1)
-        return common.per_example(error, jnp.broadcast_to(real[:, None], error.shape).astype(error.dtype), coefficient)
+        real = jnp.any(before.ids > 0, axis=1, keepdims=True)
+        return common.per_example(error, jnp.broadcast_to(real, error.shape).astype(error.dtype), coefficient)
 
     velocity, recorded = (call(), None) if wanted is None else call(mutable=["alignment"])
     out = {"image_flow": term(jnp.mean(jnp.square(velocity - target), axis=-1), stage.image_weight)}

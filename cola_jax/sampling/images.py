@@ -22,8 +22,7 @@ from cola_jax.models.dit_layer import Before
 from cola_jax.models.image_vae import to_uint8
 from cola_jax.models.unified import UnifiedDLM, with_before
 from cola_jax.nn.visibility import AnyArray
-from cola_jax.objectives import common
-from cola_jax.objectives.unified import before_of
+from cola_jax.objectives import unified
 from cola_jax.sampling.conditioning import Ids
 from cola_jax.sampling.generate import Generation, generate, generate_batches
 from cola_jax.sampling.settings import Settings
@@ -118,11 +117,8 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=0)
 def text_before(model: UnifiedDLM, params: Params, batch: dict) -> Before:
-    """What an image reads of each of the `rows` of texts."""
-    ids = common.latent_segments(batch, model.vae_config.patch_size)
-    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
-    latents = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
-    return model.apply(params, latents, ids, method="text_before")
+    """What images read that are drawn, or scored, for texts: of each of their `rows`."""
+    return unified.text_before(model, params, batch)
 
 
 def rows(prompts: Sequence[Ids], length: int, what: str = "text") -> dict[str, AnyArray]:
@@ -175,7 +171,7 @@ def _before_of(model: UnifiedDLM, params: Params, batch: dict, there) -> Before:
     """What stands before each row of a batch, nothing where ``there`` [B] is False: no cost where it is never True."""
 
     def found():
-        before = before_of(model, params, batch)
+        before = unified.before_of(model, params, batch)
         return *before.pair, jnp.where(there[:, None], before.ids, 0)
 
     def nothing():

@@ -58,6 +58,20 @@ def test_held_out_pictures_are_scored(workdir, cache, tmp_path):
     assert "word 'pink': must be in a caption of 2000" in none
 
 
+def test_pairs_are_scored(workdir, cache, tmp_path):
+    options = ("--mode=likelihood", "--candidates=3", "--likelihood_solver=euler", "--likelihood_steps=2")
+    out = call(
+        cache, "images.py", f"--checkpoint={workdir}", "--count=6", *options, f"--json={tmp_path / 'found.json'}"
+    )
+    assert "images scored: 24 of 24" in out and "texts scored given images: 18 of 18" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["count"] == 6 and found["pixels"]["scale"] > 0
+    bits = found["bits_per_dimension"]
+    assert 0 < bits["reconstruction"]["mean"] < bits["own_text"]["mean"] < 20
+    for name in ("image_given_text", "text_given_image", "text_given_image_over_text"):
+        assert 0 <= found[name]["top_1"]["mean"] <= 1
+
+
 def test_the_notebook(workdir, monkeypatch):
     """Every code cell of colabs/unified.ipynb, with a tiny run."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -77,6 +91,8 @@ def test_what_cannot_be_drawn_is_refused(workdir, cache, tmp_path):
         ([checkpoint], "--mode=draw: must have a text or more"),
         ([checkpoint, "--mode=scenes", "x"], "must have no arguments"),
         ([checkpoint, "--mode=describe", str(tmp_path / "no.png")], "no.png: must be an image that can be read"),
+        ([checkpoint, "--mode=likelihood", "x", "y"], "must have one file of JSON lines, or no argument"),
+        ([checkpoint, "--mode=likelihood", "--count=3"], "candidates = 8: must be from 2 to the 3 different texts"),
         ([checkpoint, "x", "--steps=0"], "--steps = 0: must be at least 1"),
         ([checkpoint, "x", f"--out={tmp_path}/no/x.png"], "x.png: must be in a directory that exists"),
     ):
