@@ -52,7 +52,7 @@ def test_held_out_pictures_are_scored(workdir, cache, tmp_path):
     found = json.loads(numbers.read_text())
     assert found["probe"]["held_out"]["mean"] > 0.8  # chance: a half
     assert 20 < found["probe"]["drawn"]["count"] < 40  # other captions have both colours
-    assert 0 < found["reconstruction"]["absolute"]["mean"] < 0.2 and "of the pixels' range" in told
+    assert 0 < found["reconstruction"]["absolute"]["mean"] < 1 and "of the pixels' range" in told
     assert np.asarray(Image.open(sheet)).shape[1] > 12 * 128  # six pairs in a row
     none = call(cache, "images.py", *arguments, "--probe=red,pink", status=2)
     assert "word 'pink': must be in a caption of 2000" in none
