@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/emoji.py --config.data.files=emoji/captions.jsonl
 
-docs/unified.md explains the model and what it reaches, docs/data.md the files.
+docs/unified.md explains the model and what a first short run reaches, docs/data.md the files.
 """
 
 from configs import scenes
@@ -10,8 +10,8 @@ from configs import scenes
 
 def get_config():
     config = scenes.get_config()
-    config.data.update(corpus="images", files="emoji/captions.jsonl", image_size=64, sequence_length=28, vocab_size=1024)
-    config.data.update(instruction_length=24, task_shares=(0.1, 0.5, 0.4), batch_size=32)
+    config.data.update(corpus="images", files="emoji/captions.jsonl", image_size=64, batch_size=32)
+    config.data.update(sequence_length=28, vocab_size=1024, instruction_length=24, task_shares=(0.1, 0.5, 0.4))
     config.image_vae.update(latent_dim=64)
     config.image_dit.latent_dim = 64
     config.stage1.steps = 600

@@ -146,8 +146,8 @@ def report(
 
     Returns:
       "bits_per_dimension": bounds on an image given its own text, none, and another pair's, and the two parts of the
-      first: reconstruction and rate, ``log q - log p`` of the latents. "nats_per_image": the rate, and what the own text
-      saves over no text and over another's (below 0: it costs). Means over images with their errors.
+      first: reconstruction and rate, ``log q - log p`` of the latents. "nats_per_image": the rate, and what the own
+      text saves over no text and over another's (below 0: it costs). Means over images with their errors.
       "image_given_text", "text_given_image", "text_given_image_over_text": `top` by log p(image | text), by
       log p(text | image), and by the latter less log p(text).
 
