@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/scenes.py
 
-About 45 minutes on two cores. Single shapes are drawn and named well, relations not yet (scores: docs/unified.md).
+50 minutes on two cores beside other work. It draws and names single shapes well, relations not yet (docs/unified.md).
 """
 
 from configs import default

@@ -4,6 +4,7 @@
 show is judged in `cola_jax.evaluation.scenes`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,8 +119,12 @@ def reconstruction(pictures: np.ndarray, decoded: np.ndarray) -> dict[str, Mean]
 
 
 def word_of(captions: Sequence[str], words: Sequence[str]) -> np.ndarray:
-    """Index of the one of some words that each caption holds, int [n]; -1 where it holds none or several."""
-    found = [[k for k, word in enumerate(words) if word in caption.split()] for caption in captions]
+    """Index of the one of some words that each caption holds, int [n]; -1 where it holds none or several.
+
+    Words are those of letters and digits, whatever their case.
+    """
+    held_by = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+    found = [[k for k, word in enumerate(words) if word.lower() in held] for held in held_by]
     return np.array([held[0] if len(held) == 1 else -1 for held in found])
 
 

@@ -82,10 +82,14 @@ def text_before(model, params: Params, batch: dict) -> Before:
       params: its variables.
       batch: ``tokens`` and ``segment_ids`` [B, T], a whole text a row (with its end of text), or nothing.
     """
-    ids = common.latent_segments(batch, model.vae_config.patch_size)
-    inputs = common.encoder_tokens(batch, model.vae_config.vocab_size)
-    latents = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
-    return model.apply(params, latents, ids, method="text_before")
+    return model.apply(params, *_text_latents(model, params, batch), method="text_before")
+
+
+def _text_latents(model, params, rows: dict) -> tuple[jax.Array, jax.Array]:
+    """Normalised means of the latents of rows of text, and their segments: 0 is padding."""
+    ids = common.latent_segments(rows, model.vae_config.patch_size)
+    inputs = common.encoder_tokens(rows, model.vae_config.vocab_size)
+    return model.normalize(model.apply(params, inputs, ids, method="encode").mean), ids
 
 
 def before_of(model, params: Params, batch: dict) -> Before:
@@ -105,10 +109,7 @@ def _before(model, params, batch, picture, grid) -> Before:
     if "instruction" not in batch:
         return model.apply(params, picture, grid, method="image_before")
     said = {"tokens": batch["instruction"], "segment_ids": batch["instruction_segment_ids"]}
-    ids = common.latent_segments(said, model.vae_config.patch_size)
-    inputs = common.encoder_tokens(said, model.vae_config.vocab_size)
-    words = model.normalize(model.apply(params, inputs, ids, method="encode").mean)
-    return model.apply(params, words, ids, picture, grid, method="joined")
+    return model.apply(params, *_text_latents(model, params, said), picture, grid, method="joined")
 
 
 def terms(

@@ -21,7 +21,7 @@ def test_errors_of_reconstruction():
 
 
 def test_words_of_captions():
-    captions = ["flat red heart", "round cat", "flat cat", "a catalogue"]
+    captions = ["flat red heart.", "Round cat", "flat cat", "a catalogue"]
     wanted = pictures.word_of(captions, ["flat", "round", "heart"])
     assert wanted.tolist() == [-1, 1, 0, -1]  # both of two; none
     assert tuple(pictures.told_apart(np.array([0, 1, 1, -1]), wanted)) == (1, 2)
